@@ -1,0 +1,43 @@
+# Every target prepares what it needs (scripts/setup.sh) and can be the first command after a clone.
+
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+LOCK := .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-header --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench lock clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: root ## Start everything on this machine, run four scenarios behind a real wall, and leave nothing behind
+	@scripts/setup.sh
+	@$(PYTHON) examples/demo.py $(ARGS)
+
+test: root ## Run every test, in real sandboxes; ARGS="-k words" chooses some
+	@scripts/setup.sh
+	@$(PYTHON) -m pytest $(ARGS)
+
+check: ## Formatting, lint, types, import contracts, .env.example
+	@scripts/setup.sh --development
+	@scripts/check.sh
+
+bench: root ## Measure, print, and write bench.json
+	@scripts/setup.sh
+	@$(PYTHON) -m tests.bench $(ARGS)
+
+lock: ## Write the lock files again from pyproject.toml; ARGS=--upgrade takes newer versions
+	@scripts/setup.sh --development
+	@$(LOCK) $(ARGS) --output-file requirements.lock pyproject.toml
+	@$(LOCK) $(ARGS) --constraints requirements.lock --group dev --output-file requirements-dev.lock pyproject.toml
+	@git --no-pager diff --stat -- requirements.lock requirements-dev.lock
+
+clean: ## Remove what these targets made in this checkout, the virtual environment included
+	@rm -rf .venv .cache .hypothesis build dist bench.json workers/boundaries/gvisor/init
+	@find service workers tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+.PHONY: root
+root:
+	@[ "$$(id -u)" = 0 ] || { echo "make $(MAKECMDGOALS): sandboxes need root (namespaces, cgroups, mounts); run  sudo make $(MAKECMDGOALS)" >&2; \
+		echo "Without root:  make check  and, after it,  .venv/bin/python -m pytest tests/unit" >&2; exit 1; }

@@ -1,0 +1,1 @@
+"""The front door of Blastdoor, and the language that both sides speak."""

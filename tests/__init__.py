@@ -1,0 +1,1 @@
+"""Every claim that Blastdoor makes, as something that can fail."""

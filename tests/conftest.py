@@ -1,0 +1,48 @@
+"""Fixtures that more than one folder uses: real servers, started once, and a fresh database for each test."""
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers import NotInstalled, PostgresServer, RedisServer, run_postgres, run_redis
+from tests.summary import ran
+
+pytest_plugins = ["pytester", "tests.ground_rules"]
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """A Redis of our own, with a password, that keeps nothing; a test that breaks it takes `run_redis` instead."""
+    try:
+        with run_redis() as server:
+            ran("redis", server.version)
+            yield server
+    except NotInstalled as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A PostgreSQL of our own; a test that breaks it takes `run_postgres` instead."""
+    try:
+        with run_postgres() as server:
+            yield server
+    except NotInstalled as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture
+def postgres_database(postgres_server: PostgresServer) -> Iterator[str]:
+    """The SQLAlchemy URL of an empty database, dropped after the test whoever is still connected."""
+    with postgres_server.fresh_database() as url:
+        ran("database", f"postgresql {postgres_server.version}")
+        yield url
+
+
+@pytest.fixture
+def sqlite_database(tmp_path: Path) -> str:
+    """The SQLAlchemy URL of a file that does not exist yet."""
+    ran("database", f"sqlite {sqlite3.sqlite_version}")
+    return f"sqlite:///{tmp_path / 'blastdoor.sqlite3'}"

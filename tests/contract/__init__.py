@@ -1,0 +1,1 @@
+"""One set of promises, over every boundary kind and every database."""

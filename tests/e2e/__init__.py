@@ -1,0 +1,1 @@
+"""From an upload to the event that a consumer reads."""

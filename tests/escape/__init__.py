@@ -1,0 +1,1 @@
+"""What hostile code tries against the wall, each with its positive control."""

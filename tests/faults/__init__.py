@@ -1,0 +1,1 @@
+"""What breaks around the wall: killed processes, full disks, lost messages."""

@@ -1,0 +1,63 @@
+"""Rules for every test: its folder is its mark, CI skips nothing that we claim, and the summary says what really ran.
+
+A pytest plugin, so that the rules are themselves tested (unit/test_ground_rules.py).
+"""
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from tests import summary
+
+FOLDERS = frozenset({"unit", "contract", "integration", "escape", "faults", "e2e"})
+# Reasons for which a test may be skipped in CI. Empty: what CI cannot run, we do not claim.
+SKIPS_ALLOWED_IN_CI: frozenset[str] = frozenset()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for folder in FOLDERS:
+        config.addinivalue_line("markers", folder)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for folder in FOLDERS.intersection(_folders(item.path)):
+            item.add_marker(folder)
+
+
+def _folders(path: Path) -> list[str]:
+    """The folders of a test file below `tests`; of all of its path when no folder has that name."""
+    parts = path.parts[:-1]
+    return list(parts[parts.index("tests") + 1 :] if "tests" in parts else parts)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _no_skip_in_ci(report, expected=hasattr(report, "wasxfail"))
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _no_skip_in_ci(report, expected=False)
+    return report
+
+
+def _no_skip_in_ci(report: pytest.TestReport | pytest.CollectReport, *, expected: bool) -> None:
+    if os.environ.get("CI") != "true" or not report.skipped or expected:
+        return
+    where, line, reason = report.longrepr if isinstance(report.longrepr, tuple) else ("?", 0, str(report.longrepr))
+    reason = reason.removeprefix("Skipped: ")
+    if reason not in SKIPS_ALLOWED_IN_CI:
+        report.outcome = "failed"
+        report.longrepr = f"{where}:{line}: skipped in CI, where nothing that we claim may be: {reason}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.section("what the tests ran on")
+    for line in summary.lines():
+        terminalreporter.write_line(line)

@@ -1,0 +1,1 @@
+"""The API, the worker, Redis and the database as real processes."""

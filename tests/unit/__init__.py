@@ -1,0 +1,1 @@
+"""Pure logic: no sockets, no sleeping, seconds in all."""

@@ -1,0 +1,99 @@
+"""The rules of tests/ground_rules.py, tried on small test files in a pytest of their own."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def rules(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.delenv("CI", raising=False)
+    return pytester
+
+
+def _run(rules: pytest.Pytester, *args: str) -> pytest.RunResult:
+    return rules.runpytest_subprocess("-p", "tests.ground_rules", *args)
+
+
+SKIPS = """
+import pytest
+
+def test_that_needs_a_tool():
+    pytest.skip("no tool")
+
+@pytest.mark.skip(reason="not today")
+def test_that_is_marked(): ...
+
+@pytest.mark.xfail(strict=True)
+def test_that_is_known_to_fail():
+    assert False
+"""
+
+
+def test_a_skip_is_a_skip_at_home(rules: pytest.Pytester) -> None:
+    rules.makepyfile(SKIPS)
+
+    _run(rules).assert_outcomes(skipped=2, xfailed=1)
+
+
+def test_a_skip_is_a_failure_in_ci_and_says_why(rules: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "true")
+    rules.makepyfile(SKIPS)
+
+    result = _run(rules)
+
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert result.parseoutcomes().get("skipped") is None
+    assert result.parseoutcomes()["xfailed"] == 1
+    result.stdout.fnmatch_lines(["*skipped in CI, where nothing that we claim may be: no tool", "*: not today"])
+
+
+def test_a_skipped_fixture_is_a_failure_in_ci(rules: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "true")
+    rules.makepyfile(
+        """
+        import pytest
+
+        @pytest.fixture
+        def server(): pytest.skip("no server")
+
+        def test_that_needs_it(server): ...
+        """
+    )
+
+    _run(rules).assert_outcomes(errors=1)
+
+
+def test_a_skipped_module_is_a_failure_in_ci(rules: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "true")
+    rules.makepyfile("import pytest\npytest.importorskip('no_such_module')\ndef test_nothing(): ...")
+
+    result = _run(rules)
+
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.assert_outcomes(errors=1)
+
+
+def test_a_test_is_marked_by_its_folder(rules: pytest.Pytester) -> None:
+    for folder in ("unit", "escape"):
+        rules.mkpydir(folder).joinpath(f"test_{folder}.py").write_text("def test_it(): ...")
+
+    _run(rules, "-m", "escape", "--strict-markers").assert_outcomes(passed=1, deselected=1)
+
+
+def test_the_summary_says_what_really_ran(rules: pytest.Pytester) -> None:
+    rules.makepyfile(
+        """
+        from tests.summary import ran
+
+        def test_one(): ran("boundary", "gvisor"); ran("boundary", "fake")
+
+        def test_two(): ran("boundary", "gvisor")
+        """
+    )
+
+    _run(rules).stdout.fnmatch_lines(["*what the tests ran on*", "boundary: fake (1), gvisor (2)", "database: none"])
