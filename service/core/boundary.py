@@ -1,0 +1,295 @@
+"""The one abstraction: a wall around untrusted code, and what is said and seen of it.
+
+A boundary kind is one folder that implements `Boundary`; everything here is frozen data that another process can
+read back. The values that come out of a sandbox are observations from the host's side, never the guest's word.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from service.core.controls import Limits, Network
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BoundaryKind(StrEnum):
+    """Folder = enum value = queue suffix = label value."""
+
+    GVISOR = "gvisor"
+    MICROVM = "microvm"
+    NAMESPACE = "namespace"
+    CLUSTER = "cluster"
+
+
+class Kernel(StrEnum):
+    SHARED = "shared"
+    SANDBOXED = "sandboxed"
+    DEDICATED = "dedicated"
+
+
+class Nodes(StrEnum):
+    SHARED = "shared"
+    DEDICATED = "dedicated"
+
+
+class ControlPlane(StrEnum):
+    SHARED = "shared"
+    ISOLATED = "isolated"
+    DEDICATED = "dedicated"
+
+
+class Guarantees(_Frozen):
+    """What a wall promises. Each enum is written weakest first; its order is the order of strength."""
+
+    kernel: Kernel
+    nodes: Nodes
+    control_plane: ControlPlane
+
+
+class Capabilities(_Frozen):
+    """What one host can enforce now, for one boundary (`gvisor`, `namespace/runc`), as its probe measured it.
+
+    `missing`: in plain words, why it is not available, and how to get it. `guarantees`: only where the probe found
+    less than the table promises. `abilities`: extra words such as `egress-allow-list`. `node_groups`: tenants' groups
+    that have a node. `runtimes`: offered root filesystems, name to digest. `versions`: of what builds the wall.
+    """
+
+    boundary: str
+    available: bool
+    missing: tuple[str, ...] = ()
+    guarantees: Guarantees | None = None
+    abilities: frozenset[str] = frozenset()
+    node_groups: frozenset[str] = frozenset()
+    runtimes: Mapping[str, str] = {}
+    versions: Mapping[str, str] = {}
+    advisories: tuple[str, ...] = ()
+
+
+class BoundaryRef(_Frozen):
+    """Enough for another process to destroy what it names. The same fields stand on the resource as labels."""
+
+    installation: str
+    kind: BoundaryKind
+    variant: str = ""
+    site: str
+    tenant: str
+    run_id: str
+    fence: int
+    expires_at: datetime
+
+    @property
+    def name(self) -> str:
+        """DNS-safe, and different for each attempt: a stale worker cannot collide with a newer one."""
+        return boundary_name(self.run_id, self.fence)
+
+
+def boundary_name(run_id: str, fence: int) -> str:
+    return f"bd-{run_id.removeprefix('run_')}-f{fence}"
+
+
+class BoundarySpec(_Frozen):
+    """What to build. It does not depend on the number of steps: one shape serves 1 and 100."""
+
+    limits: Limits
+    network: Network
+    runtime: str = "default"
+
+
+class Bundle(_Frozen):
+    """The uploaded code, judged. `path` is where this host can read the archive's bytes; `bytes_` their number;
+    `files` the regular files in it, `content_bytes` what they come to when unpacked."""
+
+    digest: str
+    bytes_: int
+    files: int
+    content_bytes: int
+    path: Path | None = None
+
+
+class StepSpec(_Frozen):
+    """One command, ready to run: argv, the whole environment, stdin's bytes, and the time it may take in seconds."""
+
+    n: int
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    stdin: bytes = b""
+    timeout_s: float
+
+
+class Capture(_Frozen):
+    """One stream as it was kept: head and tail, each up to half of the limit; `total_bytes` counts all of it."""
+
+    head: bytes = b""
+    tail: bytes = b""
+    total_bytes: int = 0
+
+    @property
+    def truncated(self) -> bool:
+        return self.total_bytes > len(self.head) + len(self.tail)
+
+    @property
+    def data(self) -> bytes:
+        return self.head + self.tail
+
+
+class Limit(StrEnum):
+    """What the host saw being hit."""
+
+    MEMORY = "memory"
+    PIDS = "pids"
+    DISK = "disk"
+    FILES = "files"
+    OUTPUT = "output"
+
+
+class Ended(StrEnum):
+    """Why a step is over, as the host saw it."""
+
+    EXITED = "exited"  # exit_code or signal says how
+    NOT_STARTED = "not_started"  # no such program, or not executable: `message` says which
+    STEP_TIMEOUT = "step_timeout"
+    WALL_TIMEOUT = "wall_timeout"
+    LIMIT = "limit"  # the host ended it; `limits` says why
+    CANCELLED = "cancelled"
+    LOST = "lost"  # the sandbox died, and nothing that the host saw explains it
+
+
+class Execution(_Frozen):
+    """What was observed of one step. `exit_code` and `signal` come from the kernel's wait status, at most one is set.
+    `limits`: limits the host saw hit during the step, whether or not they ended it. Durations in seconds."""
+
+    ended: Ended
+    exit_code: int | None = None
+    signal: int | None = None
+    message: str = ""
+    duration_s: float
+    cpu_s: float
+    stdout: Capture = Capture()
+    stderr: Capture = Capture()
+    limits: frozenset[Limit] = frozenset()
+    sandbox_alive: bool = True
+
+
+class Usage(_Frozen):
+    """`wall_s` from the first step's start to the last one's end; CPU and memory are the whole sandbox's."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+class Evidence(_Frozen):
+    """Facts about the wall, observed from the host's side; the drivers' docstrings name the source of each.
+    Kinds add fields of their own."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    runtime: str
+    runtime_version: str | None
+    runtime_sha256: str | None
+    platform: str | None
+    network: str | None
+    limits: Mapping[str, Any]
+    uid: int | None
+    observed_at: datetime
+
+
+class Artifact(_Frozen):
+    path: str
+    bytes: int
+    sha256: str
+
+
+class SkippedArtifact(_Frozen):
+    path: str
+    why: str
+
+
+class FileContent(_Frozen):
+    """A file that an expectation names, as it was found after every guest process had ended. `absent_why` says why
+    there is no content (`absent`, `symlink`, `hard link`, `too large`, ...)."""
+
+    data: bytes | None = None
+    absent_why: str | None = None
+
+
+class ArtifactLimits(_Frozen):
+    """Caps on what is collected. `expected`: paths whose content expectations need, at most `expected_bytes` each."""
+
+    total_bytes: int
+    count: int = 1000
+    depth: int = 32
+    seconds: float = 20.0
+    expected: tuple[str, ...] = ()
+    expected_bytes: int = 1024 * 1024
+
+
+class ArtifactSink(Protocol):
+    """Where collected bytes go: content-addressed, so one that is cut short leaves nothing."""
+
+    def put(self, source: BinaryIO, *, max_bytes: int) -> tuple[str, int]:
+        """Copy until end of file; -> (sha256 hex, bytes). Raises TooLarge beyond max_bytes, and keeps nothing then."""
+        ...
+
+
+class Artifacts(_Frozen):
+    kept: tuple[Artifact, ...] = ()
+    skipped: tuple[SkippedArtifact, ...] = ()
+    expected: Mapping[str, FileContent] = {}
+    usage: Usage = Usage()
+
+
+class Cancellation(Protocol):
+    """Asked often while a step runs. True ends the step: the run was cancelled, or the lease is lost."""
+
+    def is_set(self) -> bool: ...
+
+
+class Sandbox(Protocol):
+    """The inside of an open boundary; valid only within its `with` block."""
+
+    def upload(self, bundle: Bundle) -> None:
+        """Unpack into the working directory (`service.intake.archive.unpack`), once, before the first guest
+        instruction."""
+        ...
+
+    def execute(self, step: StepSpec) -> Execution:
+        """Play one step to its end. A non-zero exit is a result, never an exception. Raises after `collect`."""
+        ...
+
+    def evidence(self) -> Evidence: ...
+
+    def collect(self, patterns: Sequence[str], *, limits: ArtifactLimits, sink: ArtifactSink) -> Artifacts:
+        """End every guest process, prove it, then read what was left. Called last, and once."""
+        ...
+
+
+class Boundary(Protocol):
+    """One way to build a wall around untrusted code. One implementation per kind."""
+
+    @property
+    def kind(self) -> BoundaryKind: ...
+
+    def probe(self) -> Sequence[Capabilities]:
+        """What this host can enforce, one row per variant; measured now, never assumed."""
+        ...
+
+    def open(self, spec: BoundarySpec, ref: BoundaryRef, *, cancelled: Cancellation) -> AbstractContextManager[Sandbox]:
+        """Raises ProvisionFailed; whatever fails on the way leaves nothing running."""
+        ...
+
+    def discover(self) -> Iterator[BoundaryRef]:
+        """What exists here for this installation and kind, from the platform's labels, not from our memory."""
+        ...
+
+    def destroy(self, ref: BoundaryRef) -> None:
+        """Idempotent, from any process; absent is success. Raises NotYetDestroyed while something is left."""
+        ...

@@ -1,0 +1,162 @@
+"""A run: one scenario, one bundle, one record. The literal tables of what may follow what, and the shapes users see."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictStr
+
+from service.core.boundary import Artifact, SkippedArtifact, Usage
+from service.core.controls import AppliedControls
+from service.core.placement import Placement
+
+MAX_ATTEMPTS = 3
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Phase(StrEnum):
+    QUEUED = "queued"
+    PROVISIONING = "provisioning"
+    RUNNING = "running"
+    COLLECTING = "collecting"
+    FINISHED = "finished"
+
+
+NEXT: Mapping[Phase, frozenset[Phase]] = {
+    Phase.QUEUED: frozenset({Phase.PROVISIONING, Phase.FINISHED}),
+    Phase.PROVISIONING: frozenset({Phase.RUNNING, Phase.QUEUED, Phase.FINISHED}),
+    Phase.RUNNING: frozenset({Phase.COLLECTING, Phase.FINISHED}),
+    Phase.COLLECTING: frozenset({Phase.FINISHED}),
+    Phase.FINISHED: frozenset(),
+}
+ACTIVE: frozenset[Phase] = frozenset({Phase.PROVISIONING, Phase.RUNNING, Phase.COLLECTING})
+
+
+class Outcome(StrEnum):
+    PASSED = "passed"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+    LIMIT_EXCEEDED = "limit_exceeded"
+    CANCELLED = "cancelled"
+    ERRORED = "errored"
+
+
+class StepOutcome(StrEnum):
+    PASSED = "passed"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+    LIMIT_EXCEEDED = "limit_exceeded"
+    SKIPPED = "skipped"
+
+
+class Reason(StrEnum):
+    EXPECTATION = "expectation"
+    EXIT_CODE = "exit_code"
+    STEP_TIMEOUT = "step_timeout"
+    WALL_TIMEOUT = "wall_timeout"
+    MEMORY = "memory"
+    PIDS = "pids"
+    DISK = "disk"
+    FILES = "files"
+    OUTPUT = "output"
+    CANCELLED_BY_TENANT = "cancelled_by_tenant"
+    CANCELLED_BY_OPERATOR = "cancelled_by_operator"
+    WORKER_LOST = "worker_lost"
+    PROVISION_FAILED = "provision_failed"
+    BOUNDARY_LOST = "boundary_lost"
+    QUEUE_EXPIRED = "queue_expired"
+    INTERNAL = "internal"
+
+
+class StreamText(_Frozen):
+    """A stream as the run's JSON carries it: at most 16 KiB of text; `bytes` counts all that was printed."""
+
+    text: str = ""
+    bytes: int = 0
+    truncated: bool = False
+
+
+class Failure(_Frozen):
+    """One expectation that did not hold: its dotted path, what was expected, what was there (at most 2 KiB)."""
+
+    expectation: str
+    expected: Any
+    actual: Any
+
+
+class StepResult(_Frozen):
+    n: int
+    name: str
+    outcome: StepOutcome
+    exit_code: int | None = None
+    signal: int | None = None
+    duration_s: float | None = None
+    cpu_s: float | None = None
+    stdout: StreamText = StreamText()
+    stderr: StreamText = StreamText()
+    failures: tuple[Failure, ...] = ()
+
+
+class Verdict(_Frozen):
+    outcome: Outcome
+    reason: Reason | None = None
+    message: str | None = None
+
+
+class ScenarioSummary(_Frozen):
+    name: str
+    digest: str
+
+
+class BundleSummary(_Frozen):
+    digest: str
+    bytes: int
+    files: int
+
+
+Metadata = Annotated[
+    dict[Annotated[StrictStr, Field(max_length=128)], Annotated[StrictStr, Field(max_length=1024)]],
+    Field(max_length=16),
+]
+
+
+class Run(_Frozen):
+    """The run as api.md shows it. Every key is always there, null when unknown."""
+
+    id: str
+    tenant: str
+    metadata: Metadata = {}
+    scenario: ScenarioSummary
+    bundle: BundleSummary | None = None
+    controls: AppliedControls
+    phase: Phase = Phase.QUEUED
+    outcome: Outcome | None = None
+    reason: Reason | None = None
+    message: str | None = None
+    attempt: int = 0
+    queue_position: int | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    boundary_destroyed_at: datetime | None = None
+    placement: Placement
+    steps: tuple[StepResult, ...] = ()
+    usage: Usage | None = None
+    artifacts: tuple[Artifact, ...] = ()
+    skipped_artifacts: tuple[SkippedArtifact, ...] = ()
+    evidence: Mapping[str, Any] | None = None
+
+
+class Result(_Frozen):
+    """What `finish` records, in one transaction with its event."""
+
+    verdict: Verdict
+    steps: tuple[StepResult, ...] = ()
+    usage: Usage | None = None
+    artifacts: tuple[Artifact, ...] = ()
+    skipped_artifacts: tuple[SkippedArtifact, ...] = ()
+    evidence: Mapping[str, Any] | None = None

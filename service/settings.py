@@ -1,0 +1,105 @@
+"""Every setting, in one frozen class. Environment variables carry the prefix BLASTDOOR_.
+
+Only composition roots read this; logic is handed values. `.env.example` is made from it and compared in `make check`.
+"""
+
+import argparse
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="BLASTDOOR_", frozen=True, extra="ignore")
+
+    environment: Literal["production", "development", "test"] = Field(
+        "production", description="failpoints exist only where this is test"
+    )
+
+    # Where state lives
+    state_dir: Path = Field(Path("/var/lib/blastdoor"), description="blobs, imported runtimes, the embedded database")
+    runtime_dir: Path = Field(Path("/run/blastdoor"), description="live boundaries of this host; keep the path short")
+    database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite in state_dir")
+    redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="Celery's broker and hints")
+    bus_url: SecretStr | None = Field(None, description="Redis of the event stream; empty: redis_url")
+    policy_file: Path | None = Field(None, description="placement policy, YAML; it can only tighten")
+
+    # The API
+    host: str = Field("127.0.0.1", description="address the API listens on")
+    port: int = Field(8700, ge=0, le=65535, description="port the API listens on")
+    upload_max_bytes: int = Field(50 * 2**20, gt=0, description="bytes of one upload, all parts together")
+    upload_deadline_s: Seconds = Field(120.0, description="an upload that is not complete by then is dropped")
+    uploads_at_once: int = Field(16, gt=0, description="uploads being received at the same time; more get 503")
+
+    # Workers
+    site: str = Field(default_factory=socket.gethostname, description="this host's name in the installation")
+    worker_concurrency: int = Field(
+        default_factory=lambda: os.cpu_count() or 1, gt=0, description="runs at once on this host"
+    )
+    boundaries: tuple[str, ...] = Field(("gvisor",), description="boundary kinds this worker builds (JSON list)")
+    runsc: Path = Field(Path("/usr/bin/runsc"), description="the gVisor runtime")
+
+    # Times; tests scale them down
+    lease_s: Seconds = Field(30.0, description="a worker's right to act on a run, without a heartbeat")
+    heartbeat_s: Seconds = Field(10.0, description="how often a worker renews it")
+    self_fence_s: Seconds = Field(
+        20.0, description="without a successful heartbeat for so long, a worker kills its own boundary"
+    )
+    cancel_poll_s: Seconds = Field(0.5, description="how often a worker asks whether its run was cancelled")
+    max_queue_s: Seconds = Field(3600.0, description="a run queued longer ends errored / queue_expired")
+    ring_after_s: Seconds = Field(30.0, description="what waits longer than this gets its doorbell rung again")
+    housekeeping_s: Seconds = Field(10.0, description="how often the reaper and reconciler look")
+    probe_s: Seconds = Field(30.0, description="how often a worker says that it lives")
+    worker_fresh_s: Seconds = Field(90.0, description="a worker that was silent for longer is not counted on")
+    relay_lease_s: Seconds = Field(10.0, description="lease of the one relay that publishes")
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of the structured logs")
+
+    @field_validator("policy_file", "bus_url", mode="before")
+    @classmethod
+    def _empty_is_absent(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @property
+    def sql_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.state_dir / 'blastdoor.db'}"
+
+    @property
+    def broker_url(self) -> str:
+        return self.redis_url.get_secret_value()
+
+    @property
+    def stream_url(self) -> str:
+        return (self.bus_url or self.redis_url).get_secret_value()
+
+
+def env_example() -> str:
+    """The text of `.env.example`: every setting with its default and what it is for."""
+    lines = ["# Every setting of Blastdoor, with its default. Made by: python -m service.settings --env-example"]
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default_factory is not None else _shown(field.default)
+        lines += [f"\n# {field.description}", f"# BLASTDOOR_{name.upper()}={default}"]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(f'"{item}"' for item in value) + "]"
+    return str(value)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Prints the settings' documentation.")
+    parser.add_argument("--env-example", action="store_true", required=True)
+    parser.parse_args()
+    print(env_example(), end="")
