@@ -1,0 +1,19 @@
+"""The shipped fakes: every port, kept in memory, with the promises of the real ones. For tests, and for trying things.
+
+`tests/contract` holds MemoryStore to the same tests as SQLite and PostgreSQL.
+"""
+
+from service.adapters.memory.fakes import MemoryBlobs, MemoryBus, MemoryDoorbell, MemoryHints
+from service.adapters.memory.line import MemoryRunLine
+from service.adapters.memory.outbox import MemoryOutbox
+from service.adapters.memory.runs import MemoryRuns
+from service.adapters.memory.tenants import MemoryTenants, MemoryWorkers
+
+__all__ = ["MemoryBlobs", "MemoryBus", "MemoryDoorbell", "MemoryHints", "MemoryStore"]
+
+
+class MemoryStore(MemoryRuns, MemoryRunLine, MemoryTenants, MemoryWorkers, MemoryOutbox):
+    """RunStore, RunLine, TenantStore, WorkerStore and Outbox of `service.core.ports`, one lock around each call.
+
+    `clock` stands for the database's: the only time there is.
+    """

@@ -1,0 +1,153 @@
+"""Bus, bell, hints and blobs that a test can look into and break."""
+
+import hashlib
+import queue
+import secrets
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from service.core.errors import Conflict, NotFound, TooLarge, Unavailable
+from service.core.ports import OutboxRow
+
+
+class MemoryBus:
+    """A stream in memory. `away=True` makes every call raise Unavailable; `lose` is a FLUSHALL and a restart."""
+
+    def __init__(self, *, max_length: int = 100_000) -> None:
+        self.away = False
+        self._max_length = max_length
+        self._identity = secrets.token_hex(20)
+        self._entries: dict[int, OutboxRow] | None = None
+
+    @property
+    def rows(self) -> list[OutboxRow]:
+        """What a consumer group would read, in order."""
+        return list((self._entries or {}).values())
+
+    def publish(self, rows: Sequence[OutboxRow]) -> None:
+        self._there()
+        if self._entries is None:
+            raise Unavailable("the stream does not exist")
+        for row in (row for row in rows if not row.tenant.startswith("_")):
+            if row.pub_seq > max(self._entries, default=0):
+                self._entries[row.pub_seq] = row
+            elif self._entries.get(row.pub_seq, row).event_id != row.event_id:
+                raise Conflict(f"the stream holds another event as {row.pub_seq}", code="bus_conflict")
+
+    def last_published(self) -> int | None:
+        self._there()
+        return None if self._entries is None else max(self._entries, default=0)
+
+    def create_stream(self) -> None:
+        self._there()
+        self._entries = self._entries or {}
+
+    def identity(self) -> str:
+        self._there()
+        return self._identity
+
+    def max_length(self) -> int:
+        return self._max_length
+
+    def lose(self) -> None:
+        self._entries, self._identity = None, secrets.token_hex(20)
+
+    def _there(self) -> None:
+        if self.away:
+            raise Unavailable("the bus is away")
+
+
+class MemoryDoorbell:
+    """Remembers its rings, in order. `away=True` makes it raise Unavailable."""
+
+    def __init__(self) -> None:
+        self.away = False
+        self.rings: list[str] = []
+
+    def ring(self, boundary: str) -> None:
+        if self.away:
+            raise Unavailable("the broker is away")
+        self.rings.append(boundary)
+
+
+class MemoryHints:
+    """Wakes listeners of this process. `lost=True` drops every hint, which nobody may depend on."""
+
+    def __init__(self) -> None:
+        self.lost = False
+        self.given: list[tuple[str, str]] = []
+        self._listeners: list[tuple[frozenset[str], queue.SimpleQueue[tuple[str, str]]]] = []
+
+    def hint(self, topic: str, run_id: str) -> None:
+        if self.lost:
+            return
+        self.given.append((topic, run_id))
+        for topics, heard in self._listeners:
+            if topic in topics:
+                heard.put((topic, run_id))
+
+    def listen(self, topics: Sequence[str], *, poll_s: float) -> Iterator[tuple[str, str] | None]:
+        heard: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        listener = (frozenset(topics), heard)
+        self._listeners.append(listener)  # before the first value is asked for: nothing said from now on is missed
+        return self._heard(listener, poll_s=poll_s)
+
+    def _heard(
+        self, listener: tuple[frozenset[str], queue.SimpleQueue[tuple[str, str]]], *, poll_s: float
+    ) -> Iterator[tuple[str, str] | None]:
+        try:
+            while True:
+                try:
+                    yield listener[1].get(timeout=poll_s)
+                except queue.Empty:
+                    yield None
+        finally:
+            self._listeners.remove(listener)
+
+
+class MemoryBlobs:
+    """Blobs in a directory that goes with the object: they need paths, as the real ones do."""
+
+    def __init__(self) -> None:
+        self._root = Path(tempfile.mkdtemp(prefix="blastdoor-blobs-"))
+        weakref.finalize(self, shutil.rmtree, self._root, True)
+
+    def put_file(self, tenant: str, path: Path, digest: str) -> None:
+        path.replace(self._place(tenant, digest))
+
+    def put_bytes(self, tenant: str, data: bytes) -> str:
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        self._place(tenant, digest).write_bytes(data)
+        return digest
+
+    def put_stream(self, tenant: str, source: BinaryIO, *, max_bytes: int) -> tuple[str, int]:
+        data = source.read(max_bytes + 1)
+        if len(data) > max_bytes:
+            raise TooLarge(f"more than {max_bytes} bytes")
+        return self.put_bytes(tenant, data), len(data)
+
+    def path(self, tenant: str, digest: str) -> Path:
+        path = self._place(tenant, digest)
+        if not path.is_file():
+            raise NotFound
+        return path
+
+    def delete(self, tenant: str, digest: str) -> None:
+        self._place(tenant, digest).unlink(missing_ok=True)
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        directory = Path(tempfile.mkdtemp(dir=self._root))
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _place(self, tenant: str, digest: str) -> Path:
+        """One flat directory: the tenant's part keeps equal bytes of two tenants apart."""
+        return self._root / f"{hashlib.sha256(tenant.encode()).hexdigest()[:16]}-{digest.removeprefix('sha256:')}"

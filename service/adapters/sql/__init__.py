@@ -1,0 +1,1 @@
+"""The SQL store, a noun a file. `service.adapters.sql_store.SqlStore` puts them together."""

@@ -1,0 +1,104 @@
+"""What committed transactions want told, and how far the telling has come.
+
+Rows are stamped after their commit, by one leader, with numbers that have no gaps: a number given at insert would be
+committed out of order, and the stream would refuse the late one. Events of internal tenants are kept, never stamped.
+"""
+
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from service.adapters.sql.engine import db_now
+from service.adapters.sql.schema import outbox, relay_state
+from service.adapters.sql.transitions import SqlPart
+from service.core.ports import OutboxRow
+
+_ROWS_AT_ONCE = 500
+_COLUMNS = (outbox.c.event_id, outbox.c.run_id, outbox.c.tenant, outbox.c.type, outbox.c.pub_seq, outbox.c.event)
+# Each in the words of its index.
+_UNSTAMPED = sa.text("pub_seq IS NULL AND NOT internal")
+_UNPUBLISHED = sa.text("pub_seq IS NOT NULL AND NOT published")
+_leads = sa.and_(relay_state.c.owner == sa.bindparam("b_owner"), relay_state.c.lease_until >= db_now())
+_leading = sa.select(relay_state.c.last_stamp).where(_leads).with_for_update()
+_next = (
+    sa.select(outbox.c.id, *_COLUMNS).where(_UNSTAMPED).order_by(outbox.c.id).limit(sa.bindparam("b_limit"))
+)  # fmt: skip
+_stamp = sa.update(outbox).where(outbox.c.id == sa.bindparam("b_id")).values(pub_seq=sa.bindparam("b_pub_seq"))
+
+
+class SqlOutbox(SqlPart):
+    def lead(self, owner: str, *, lease: timedelta) -> bool:
+        free = sa.or_(
+            relay_state.c.owner.is_(None), relay_state.c.owner == owner, relay_state.c.lease_until < db_now()
+        )  # fmt: skip
+        take = sa.update(relay_state).where(free).values(owner=owner, lease_until=db_now() + lease)
+        with self._db.write() as connection:
+            return connection.execute(take).rowcount == 1
+
+    def stamp(self, owner: str, *, limit: int) -> Sequence[OutboxRow]:
+        with self._db.read() as connection:  # the relay asks often, and most often there is nothing: no lock for that
+            if connection.execute(_next, {"b_limit": 1}).one_or_none() is None:
+                return ()
+        with self._db.write() as connection:
+            last = connection.scalar(_leading, {"b_owner": owner})
+            if last is None:
+                return ()
+            rows = connection.execute(_next, {"b_limit": limit}).all()
+            if not rows:
+                return ()
+            stamps = [{"b_id": row.id, "b_pub_seq": last + n} for n, row in enumerate(rows, start=1)]
+            connection.execute(_stamp, stamps)
+            connection.execute(sa.update(relay_state).values(last_stamp=last + len(rows)))
+        return [_row(row, pub_seq=last + n) for n, row in enumerate(rows, start=1)]
+
+    def unpublished(self, *, limit: int) -> Sequence[OutboxRow]:
+        return self._rows(sa.select(*_COLUMNS).where(_UNPUBLISHED), limit)
+
+    def mark_published(self, pub_seqs: Sequence[int]) -> None:
+        if not pub_seqs:
+            return
+        with self._db.write() as connection:
+            for start in range(0, len(pub_seqs), _ROWS_AT_ONCE):
+                some = list(pub_seqs[start : start + _ROWS_AT_ONCE])
+                connection.execute(sa.update(outbox).where(outbox.c.pub_seq.in_(some)).values(published=True))
+
+    def retained(self, *, after: int, limit: int) -> Sequence[OutboxRow]:
+        return self._rows(sa.select(*_COLUMNS).where(outbox.c.pub_seq > after), limit)
+
+    def mark_unpublished_after(self, pub_seq: int) -> int:
+        again = sa.update(outbox).where(outbox.c.pub_seq > pub_seq, outbox.c.published).values(published=False)
+        with self._db.write() as connection:
+            return connection.execute(again).rowcount
+
+    def last_stamp(self) -> int:
+        return int(self._state(relay_state.c.last_stamp) or 0)
+
+    def bus_identity(self) -> str | None:
+        identity = self._state(relay_state.c.bus_identity)
+        return None if identity is None else str(identity)
+
+    def record_bus_identity(self, identity: str) -> None:
+        with self._db.write() as connection:
+            connection.execute(sa.update(relay_state).values(bus_identity=identity))
+
+    def _rows(self, wanted: sa.Select[Any], limit: int) -> Sequence[OutboxRow]:
+        with self._db.read() as connection:
+            return [_row(row) for row in connection.execute(wanted.order_by(outbox.c.pub_seq).limit(limit))]
+
+    def _state(self, column: sa.Column[Any]) -> Any:
+        with self._db.read() as connection:
+            return connection.scalar(sa.select(column))
+
+
+def _row(row: sa.Row[Any], *, pub_seq: int | None = None) -> OutboxRow:
+    return OutboxRow(
+        event_id=row.event_id,
+        run_id=row.run_id,
+        tenant=row.tenant,
+        type=row.type,
+        pub_seq=row.pub_seq if pub_seq is None else pub_seq,
+        event=json.loads(row.event),
+    )

@@ -1,0 +1,164 @@
+"""Runs as their owners see them: submit, read, list, cancel, delete."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import sqlalchemy as sa
+
+from service.adapters.sql.documents import SHOWN, bundle_text, head_text, is_run_id, run_of, scenario_text
+from service.adapters.sql.engine import db_now
+from service.adapters.sql.events import write_phase
+from service.adapters.sql.idempotency import complete
+from service.adapters.sql.schema import IS_QUEUED, run, run_blob, run_input, tenant
+from service.adapters.sql.transitions import SqlPart, cancel_queued, use_blobs
+from service.core.boundary import Bundle
+from service.core.errors import Conflict, NotFound, QuotaExceeded
+from service.core.events import EventType
+from service.core.ports import Page
+from service.core.run import Outcome, Phase, Run
+from service.core.scenario import Scenario
+
+_IDS_AT_ONCE = 500
+
+_run_id: sa.BindParameter[Any] = sa.bindparam("b_run_id")
+_tenant: sa.BindParameter[Any] = sa.bindparam("b_tenant")
+_live_tenant = sa.select(tenant.c.name).where(tenant.c.name == _tenant, tenant.c.deleted_at.is_(None))
+_lock_tenant = _live_tenant.with_for_update(key_share=True)
+_lock_run = sa.select(run.c.tenant, run.c.phase).where(run.c.id == _run_id).with_for_update()
+_waiting = sa.select(sa.literal(1)).select_from(run).where(sa.text(IS_QUEUED))
+_of_tenant = _waiting.where(run.c.tenant == _tenant).limit(sa.bindparam("b_most")).subquery()
+_ahead = _waiting.where(run.c.boundary == sa.bindparam("b_boundary"), run.c.id < _run_id).subquery()
+_queue = sa.select(
+    sa.select(sa.func.count()).select_from(_of_tenant).scalar_subquery().label("own"),
+    sa.select(sa.func.count()).select_from(_ahead).scalar_subquery().label("ahead"),
+    db_now().label("at"),
+)
+_insert_run = sa.insert(run)
+_insert_input = sa.insert(run_input)
+_one = SHOWN.where(run.c.id == _run_id)
+_mark_cancelled = (
+    sa.update(run)
+    .where(run.c.id == _run_id)
+    .values(cancel_requested_by=sa.func.coalesce(run.c.cancel_requested_by, sa.bindparam("b_by")))
+)
+_not_internal = sa.func.substr(run.c.tenant, 1, 1) != "_"
+
+
+class SqlRuns(SqlPart):
+    def submit(
+        self, run: Run, scenario: Scenario, bundle: Bundle | None, *, max_queued: int,
+        idempotency: tuple[str, str, str] | None = None,
+    ) -> Run:  # fmt: skip
+        installation = self.installation_id()
+        boundary = run.placement.boundary
+        question = {"b_tenant": run.tenant, "b_most": max_queued, "b_boundary": boundary, "b_run_id": run.id}
+        with self._db.write() as connection:
+            # The tenant's row is locked first, and counted in a statement of its own: in PostgreSQL a statement sees
+            # what was committed when it began, so a count taken with the lock could miss whom it waited for.
+            if connection.execute(_lock_tenant, {"b_tenant": run.tenant}).one_or_none() is None:
+                raise NotFound
+            queue = connection.execute(_queue, question).one()
+            if queue.own >= max_queued:
+                raise QuotaExceeded(f"{max_queued} runs of tenant {run.tenant} are waiting already")
+            fresh = {
+                "phase": Phase.QUEUED, "outcome": None, "reason": None, "attempt": 0, "created_at": queue.at,
+                "queue_position": queue.ahead + 1,
+            }  # fmt: skip
+            stored = run.model_copy(update=fresh)
+            row = {
+                "id": run.id, "tenant": run.tenant, "boundary": boundary, "runtime": scenario.runtime,
+                "phase": Phase.QUEUED.value, "attempt": 0, "fence": 0, "destroyed_fence": 0, "last_seq": 1,
+                "created_at": queue.at, "queued_at": queue.at, "head": head_text(run),
+            }  # fmt: skip
+            connection.execute(_insert_run, row)
+            brought = {"run_id": run.id, "scenario": scenario_text(scenario), "bundle": bundle_text(bundle)}
+            connection.execute(_insert_input, brought)
+            if bundle is not None:
+                use_blobs(connection, stored, {bundle.digest})
+            write_phase(
+                connection, stored, installation=installation, seq=1, fence=0, at=queue.at, type_=EventType.QUEUED
+            )
+            if idempotency is not None:
+                key, token, content_digest = idempotency
+                complete(connection, stored, key=key, token=token, content_digest=content_digest)
+        return stored
+
+    def get_run(self, run_id: str, tenant: str | None) -> Run:
+        if not is_run_id(run_id):
+            raise NotFound
+        with self._db.read() as connection:
+            row = connection.execute(_one, {"b_run_id": run_id}).one_or_none()
+        if row is None or tenant not in (None, row.tenant):
+            raise NotFound
+        return run_of(row)
+
+    def list_runs(
+        self, tenant: str | None, *, phase: Phase | None, outcome: Outcome | None, limit: int, before: str | None
+    ) -> Page:
+        wanted = SHOWN.where(_not_internal).order_by(run.c.id.desc()).limit(limit + 1)
+        if tenant is not None:
+            wanted = wanted.where(run.c.tenant == tenant)
+        if phase is not None:
+            wanted = wanted.where(run.c.phase == phase.value)
+        if outcome is not None:
+            wanted = wanted.where(run.c.outcome == outcome.value)
+        if before is not None:
+            wanted = wanted.where(run.c.id < before)
+        with self._db.read() as connection:
+            rows = connection.execute(wanted).all()
+        items = tuple(run_of(row) for row in rows[:limit])
+        return Page(items=items, next_before=items[-1].id if items and len(rows) > limit else None)
+
+    def request_cancel(self, run_id: str, tenant: str | None, *, by: str) -> Run:
+        installation = self.installation_id()
+        with self._db.write() as connection:
+            phase = _locked(connection, run_id, tenant)
+            if phase is Phase.QUEUED:
+                cancel_queued(connection, run_id, by=by, installation=installation)
+            elif phase is not Phase.FINISHED:
+                connection.execute(_mark_cancelled, {"b_run_id": run_id, "b_by": by})
+            return run_of(connection.execute(_one, {"b_run_id": run_id}).one())
+
+    def delete_run(self, run_id: str, tenant: str | None) -> tuple[str, ...]:
+        other = run_blob.alias("other")
+        used_elsewhere = (
+            sa.select(other.c.run_id)
+            .where(other.c.tenant == run_blob.c.tenant, other.c.digest == run_blob.c.digest, other.c.run_id != run_id)
+            .exists()
+        )
+        unused = sa.select(run_blob.c.digest).where(run_blob.c.run_id == run_id, ~used_elsewhere)
+        with self._db.write() as connection:
+            owner = _owner(connection, run_id, tenant)
+            # As in `submit`: a run of the same tenant that is being stored now may use the same blob.
+            connection.execute(_lock_tenant, {"b_tenant": owner})
+            if _locked(connection, run_id, tenant) is not Phase.FINISHED:
+                raise Conflict("only a finished run can be deleted", code="not_finished")
+            digests = connection.scalars(unused.order_by(run_blob.c.digest)).all()
+            connection.execute(sa.delete(run).where(run.c.id == run_id))
+        return tuple(digests)
+
+    def finished_among(self, run_ids: Iterable[str]) -> frozenset[str]:
+        asked = frozenset(run_ids)
+        known = sorted(run_id for run_id in asked if is_run_id(run_id))
+        unfinished: set[str] = set()
+        with self._db.read() as connection:
+            for start in range(0, len(known), _IDS_AT_ONCE):
+                some = known[start : start + _IDS_AT_ONCE]
+                going_on = sa.select(run.c.id).where(run.c.id.in_(some), run.c.phase != Phase.FINISHED.value)
+                unfinished.update(connection.scalars(going_on))
+        return asked - unfinished
+
+
+def _owner(connection: sa.Connection, run_id: str, tenant: str | None) -> str:
+    owner = connection.scalar(sa.select(run.c.tenant).where(run.c.id == run_id)) if is_run_id(run_id) else None
+    if owner is None or tenant not in (None, owner):
+        raise NotFound
+    return str(owner)
+
+
+def _locked(connection: sa.Connection, run_id: str, tenant: str | None) -> Phase:
+    """-> the phase, which nobody changes until this transaction ends. Raises NotFound."""
+    row = connection.execute(_lock_run, {"b_run_id": run_id}).one_or_none() if is_run_id(run_id) else None
+    if row is None or tenant not in (None, row.tenant):
+        raise NotFound
+    return Phase(row.phase)

@@ -1,0 +1,52 @@
+"""Which workers live, and what each can build: all that the API knows of the world."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import sqlalchemy as sa
+from pydantic import TypeAdapter
+from sqlalchemy.dialects import postgresql, sqlite
+
+from service.adapters.sql.engine import db_now
+from service.adapters.sql.schema import worker
+from service.adapters.sql.transitions import SqlPart
+from service.core.boundary import Capabilities
+from service.core.ports import WorkerRecord
+
+_CAPABILITIES = TypeAdapter(tuple[Capabilities, ...])
+
+
+class SqlWorkers(SqlPart):
+    def record_worker(self, worker: WorkerRecord) -> None:
+        insert = sqlite.insert if self._db.is_sqlite else postgresql.insert
+        said = {
+            "host": worker.host,
+            "site": worker.site,
+            "capabilities": _CAPABILITIES.dump_json(worker.capabilities).decode(),
+            "measured_at": db_now(),
+        }
+        record = insert(_WORKER).values(id=worker.id, **said)
+        with self._db.write() as connection:
+            connection.execute(record.on_conflict_do_update(index_elements=["id"], set_=said))
+
+    def forget_worker(self, worker_id: str) -> None:
+        with self._db.write() as connection:
+            connection.execute(sa.delete(worker).where(worker.c.id == worker_id))
+
+    def live_workers(self, *, fresh: timedelta) -> Sequence[WorkerRecord]:
+        wanted = sa.select(worker).where(worker.c.measured_at > db_now() - fresh).order_by(worker.c.id)
+        with self._db.read() as connection:
+            rows = connection.execute(wanted).all()
+        return [
+            WorkerRecord(
+                id=row.id,
+                host=row.host,
+                site=row.site,
+                capabilities=_CAPABILITIES.validate_json(row.capabilities),
+                measured_at=row.measured_at,
+            )
+            for row in rows
+        ]
+
+
+_WORKER = worker  # where an argument has the table's name
