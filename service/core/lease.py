@@ -74,6 +74,17 @@ def recover(view: LeaseView, *, now: datetime, max_queue: timedelta) -> Recover 
     )
 
 
+def instead_of_another_attempt(view: LeaseView, *, why: str, counts: bool) -> Verdict | None:
+    """Provisioning failed: the verdict that ends the run, or None when it returns to the queue. `counts=False`: the
+    attempt is not held against the run."""
+    if view.cancel_requested_by is not None:
+        return cancelled(view.cancel_requested_by)
+    if counts and view.attempt >= MAX_ATTEMPTS:
+        message = f"provisioning failed {view.attempt} times; the last time: {why}"
+        return Verdict(outcome=Outcome.ERRORED, reason=Reason.PROVISION_FAILED, message=message)
+    return None
+
+
 def cancelled(by: str) -> Verdict:
     """`by` is `tenant` or `operator`."""
     reason = Reason.CANCELLED_BY_OPERATOR if by == "operator" else Reason.CANCELLED_BY_TENANT

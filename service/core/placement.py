@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from service.core.boundary import BoundaryKind, Capabilities, ControlPlane, Guarantees, Kernel, Nodes
 from service.core.controls import AppliedControls, Isolation, Need
@@ -52,6 +52,7 @@ OFFERS: tuple[Offer, ...] = (
     _offer(_CL, "kind", 70, Kernel.SANDBOXED, Nodes.SHARED, ControlPlane.DEDICATED),
     _offer(_CL, "capi", 80, Kernel.DEDICATED, Nodes.DEDICATED, ControlPlane.DEDICATED),
 )
+_LEVELS: dict[str, type[StrEnum]] = {"kernel": Kernel, "nodes": Nodes, "control_plane": ControlPlane}
 AFFINITY_RANK = 10
 AFFINITY_SUFFIX = "+affinity"
 
@@ -66,6 +67,18 @@ class Policy(_Frozen):
     minimum_versions: Mapping[str, str] = {}
     floors: Mapping[Trust, Mapping[str, str]] = {}
     ranks: Mapping[str, int] = {}
+
+    @model_validator(mode="after")
+    def _about_what_exists(self) -> "Policy":
+        """A misspelt rule is an error when it is read: one that silently did nothing would be a weaker policy."""
+        known = {offer.boundary for offer in OFFERS}
+        for boundary in {*self.minimum_versions, *self.ranks} - known:
+            raise ValueError(f"{boundary} is no boundary; there are: {', '.join(sorted(known))}")
+        for floors in self.floors.values():
+            for name, minimum in floors.items():
+                if name not in _LEVELS or minimum not in list(_LEVELS[name]):
+                    raise ValueError(f"{name} >= {minimum} is no guarantee")
+        return self
 
     @property
     def digest(self) -> str:
@@ -109,9 +122,6 @@ class Placement(_Frozen):
     @property
     def variant(self) -> str:
         return self.boundary.removesuffix(AFFINITY_SUFFIX).partition("/")[2]
-
-
-_LEVELS: dict[str, type[StrEnum]] = {"kernel": Kernel, "nodes": Nodes, "control_plane": ControlPlane}
 
 
 def strength(level: StrEnum) -> int:

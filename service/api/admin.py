@@ -1,0 +1,116 @@
+"""/v1/admin: operators see every tenant; every route takes an operator's key and no other."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Response
+
+from service.api.answers import RunAnswer, run_answer
+from service.api.auth import AnOperator
+from service.api.context import InContext
+from service.api.documentation import problems
+from service.api.schemas import (
+    ChangeTenant,
+    CreateService,
+    CreateTenant,
+    KeyCreated,
+    ServiceCreated,
+    TenantCreated,
+    TenantPage,
+    WorkerPage,
+)
+from service.core.run import Run
+from service.core.tenancy import Tenant
+from service.usecases import cancel, tenants
+
+router = APIRouter(prefix="/v1/admin", tags=["operators"])
+ByName = Annotated[str, Path(description="the tenant's name")]
+_KEY = ("unauthenticated", "forbidden")
+
+
+@router.post(
+    "/tenants", status_code=201, operation_id="adminCreateTenant", summary="Create a tenant of the platform's own",
+    responses=problems(*_KEY, "request_invalid", "tenant_exists", "too_large", "upload_timed_out"),
+)  # fmt: skip
+async def create_tenant(context: InContext, operator: AnOperator, body: CreateTenant) -> TenantCreated:
+    """The first key is shown once."""
+    tenant = body.tenant(service_id=None)
+    created, minted = await context.store(tenants.create_tenant, context.deps.tenants, tenant=tenant)
+    return TenantCreated(tenant=created, key=minted.key, key_id=minted.id)
+
+
+@router.get("/tenants", operation_id="adminListTenants", summary="List all tenants", responses=problems(*_KEY))
+async def list_tenants(context: InContext, operator: AnOperator) -> TenantPage:
+    found = await context.store(tenants.list_tenants, context.deps.tenants, service_id=None)
+    return TenantPage(items=list(found))
+
+
+@router.get(
+    "/tenants/{name}", operation_id="adminGetTenant", summary="Read a tenant", responses=problems(*_KEY, "not_found")
+)
+async def get_tenant(context: InContext, operator: AnOperator, name: ByName) -> Tenant:
+    return await context.store(tenants.get_tenant, context.deps.tenants, name=name, service_id=None)
+
+
+@router.patch(
+    "/tenants/{name}", operation_id="adminChangeTenant", summary="Change a tenant",
+    responses=problems(*_KEY, "not_found", "request_invalid", "too_large", "upload_timed_out"),
+)  # fmt: skip
+async def change_tenant(context: InContext, operator: AnOperator, name: ByName, body: ChangeTenant) -> Tenant:
+    """Runs that are already placed keep the wall that was chosen for them."""
+    return await context.store(
+        tenants.change_tenant, context.deps.tenants, name=name, service_id=None, changes=body.changes
+    )
+
+
+@router.delete(
+    "/tenants/{name}", status_code=204, operation_id="adminDeleteTenant", summary="Delete a tenant",
+    responses=problems(*_KEY, "not_found"), response_class=Response,
+)  # fmt: skip
+async def delete_tenant(context: InContext, operator: AnOperator, name: ByName) -> None:
+    """Its keys are revoked and its runs cancelled at once; the name stays taken."""
+    await context.store(tenants.delete_tenant, context.deps.tenants, name=name, service_id=None)
+
+
+@router.post(
+    "/tenants/{name}/keys", status_code=201, operation_id="adminAddTenantKey", summary="Add a key to a tenant",
+    responses=problems(*_KEY, "not_found"),
+)  # fmt: skip
+async def add_key(context: InContext, operator: AnOperator, name: ByName) -> KeyCreated:
+    minted = await context.store(tenants.add_tenant_key, context.deps.tenants, name=name, service_id=None)
+    return KeyCreated(id=minted.id, key=minted.key)
+
+
+@router.delete(
+    "/tenants/{name}/keys/{key_id}", status_code=204, operation_id="adminRevokeTenantKey",
+    summary="Revoke a tenant's key", responses=problems(*_KEY, "not_found"), response_class=Response,
+)  # fmt: skip
+async def revoke_key(context: InContext, operator: AnOperator, name: ByName, key_id: str) -> None:
+    await context.store(tenants.revoke_tenant_key, context.deps.tenants, name=name, key_id=key_id, service_id=None)
+
+
+@router.post(
+    "/services", status_code=201, operation_id="adminCreateService", summary="Create a service",
+    responses=problems(*_KEY, "request_invalid", "service_exists", "too_large", "upload_timed_out"),
+)  # fmt: skip
+async def create_service(context: InContext, operator: AnOperator, body: CreateService) -> ServiceCreated:
+    """A main application: its key creates tenants and acts for them. The key is shown once."""
+    service, minted = await context.store(tenants.create_service, context.deps.tenants, name=body.name)
+    return ServiceCreated(id=service.id, name=service.name, key=minted.key, key_id=minted.id)
+
+
+@router.get("/workers", operation_id="adminListWorkers", summary="List live workers", responses=problems(*_KEY))
+async def list_workers(context: InContext, operator: AnOperator) -> WorkerPage:
+    """With what each can enforce, as its probe last measured it."""
+    live = await context.store(context.deps.workers.live_workers, fresh=context.deps.bounds.worker_fresh)
+    return WorkerPage(items=list(live))
+
+
+@router.post(
+    "/runs/{run_id}/kill", status_code=202, operation_id="adminKillRun", summary="Cancel any tenant's run",
+    responses=problems(*_KEY, "not_found"), response_model=Run,
+)  # fmt: skip
+async def kill_run(context: InContext, operator: AnOperator, run_id: str) -> RunAnswer:
+    """From any phase; a finished run is left as it is."""
+    deps = context.deps
+    run = await context.store(cancel.cancel_run, deps.runs, hints=deps.hints, run_id=run_id, tenant=None, by="operator")
+    return run_answer(run, status=202)

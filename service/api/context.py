@@ -1,0 +1,102 @@
+"""What the routers work with: ports and values from the composition root, and the bounded threads that call them."""
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from typing import Annotated, ParamSpec, TypeVar
+
+import anyio
+import anyio.to_thread
+from fastapi import Depends, Request
+
+from service.api.notifier import Notifier
+from service.api.readiness import Readiness
+from service.api.slots import UploadSlots
+from service.core.placement import Policy
+from service.core.ports import Blobs, Doorbell, Hints, RunStore, TenantStore, WorkerStore
+from service.intake.archive import ArchiveCaps
+from service.usecases.submit import Submitting
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What one API process takes on. `requests_at_once` counts those that wait, too; beyond it 503."""
+
+    upload_max_bytes: int = 50 * 2**20
+    upload_deadline_s: float = 120.0
+    uploads_at_once: int = 16
+    body_max_bytes: int = 64 * 1024
+    body_deadline_s: float = 10.0
+    requests_at_once: int = 4000
+    store_threads: int = 12
+    judging_threads: int = 4
+    worker_fresh: timedelta = timedelta(seconds=90)
+
+    @property
+    def idempotency_stale_after(self) -> timedelta:
+        """Longer than any upload and its judging may take: who still holds a key after that is dead."""
+        return timedelta(seconds=self.upload_deadline_s + 120)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deps:
+    """`checks`: what readiness asks, by name; one that fails raises."""
+
+    runs: RunStore
+    tenants: TenantStore
+    workers: WorkerStore
+    blobs: Blobs
+    hints: Hints
+    doorbell: Doorbell
+    policy: Policy = field(default_factory=Policy)
+    checks: Mapping[str, Callable[[], object]] = field(default_factory=dict)
+    bounds: Bounds = Bounds()
+    archive_caps: ArchiveCaps = field(default_factory=ArchiveCaps)
+    version: str = "0"
+
+
+class Context:
+    """One per application. Store calls have threads of their own, so that judging an archive never delays them."""
+
+    def __init__(self, deps: Deps) -> None:
+        self.deps = deps
+        self.submitting = Submitting(
+            runs=deps.runs, tenants=deps.tenants, workers=deps.workers, blobs=deps.blobs, hints=deps.hints,
+            doorbell=deps.doorbell, policy=deps.policy, archive_caps=deps.archive_caps,
+            worker_fresh=deps.bounds.worker_fresh,
+        )  # fmt: skip
+        self.notifier = Notifier(deps.hints, deps.runs.finished_among)
+        self.readiness = Readiness(deps.checks)
+        self.slots = UploadSlots(deps.bounds.uploads_at_once)
+        self._store = anyio.CapacityLimiter(deps.bounds.store_threads)
+        self._judging = anyio.CapacityLimiter(deps.bounds.judging_threads)
+
+    async def store(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call what reads or writes the store, or a small file."""
+        return await anyio.to_thread.run_sync(partial(function, *args, **kwargs), limiter=self._store)
+
+    async def judge(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call what may take seconds of CPU."""
+        return await anyio.to_thread.run_sync(partial(function, *args, **kwargs), limiter=self._judging)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        self.notifier.start()
+        try:
+            yield
+        finally:
+            self.notifier.close()
+            await anyio.to_thread.run_sync(self.notifier.join)
+
+
+async def _context(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
+
+
+InContext = Annotated[Context, Depends(_context)]

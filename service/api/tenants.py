@@ -1,0 +1,79 @@
+"""/v1/tenants: a service's own tenants. What another service created does not exist here."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Response
+
+from service.api.auth import AService
+from service.api.context import InContext
+from service.api.documentation import problems
+from service.api.schemas import ChangeTenant, CreateTenant, KeyCreated, TenantCreated, TenantPage
+from service.core.tenancy import Tenant
+from service.usecases import tenants
+
+router = APIRouter(prefix="/v1/tenants", tags=["tenants"])
+ByName = Annotated[str, Path(description="the tenant's name")]
+_KEY = ("unauthenticated", "forbidden")
+
+
+@router.post(
+    "", status_code=201, operation_id="createTenant", summary="Create a tenant",
+    responses=problems(*_KEY, "request_invalid", "tenant_exists", "too_large", "upload_timed_out"),
+)  # fmt: skip
+async def create_tenant(context: InContext, service: AService, body: CreateTenant) -> TenantCreated:
+    """The tenant belongs to the service that asks; its first key is shown once."""
+    tenant = body.tenant(service_id=service.service_id)
+    created, minted = await context.store(tenants.create_tenant, context.deps.tenants, tenant=tenant)
+    return TenantCreated(tenant=created, key=minted.key, key_id=minted.id)
+
+
+@router.get("", operation_id="listTenants", summary="List the service's tenants", responses=problems(*_KEY))
+async def list_tenants(context: InContext, service: AService) -> TenantPage:
+    found = await context.store(tenants.list_tenants, context.deps.tenants, service_id=service.service_id)
+    return TenantPage(items=list(found))
+
+
+@router.get(
+    "/{name}", operation_id="getTenant", summary="Read a tenant", responses=problems(*_KEY, "not_found")
+)  # fmt: skip
+async def get_tenant(context: InContext, service: AService, name: ByName) -> Tenant:
+    return await context.store(tenants.get_tenant, context.deps.tenants, name=name, service_id=service.service_id)
+
+
+@router.patch(
+    "/{name}", operation_id="changeTenant", summary="Change a tenant",
+    responses=problems(*_KEY, "not_found", "request_invalid", "too_large", "upload_timed_out"),
+)  # fmt: skip
+async def change_tenant(context: InContext, service: AService, name: ByName, body: ChangeTenant) -> Tenant:
+    """Runs that are already placed keep the wall that was chosen for them."""
+    return await context.store(
+        tenants.change_tenant, context.deps.tenants, name=name, service_id=service.service_id, changes=body.changes
+    )
+
+
+@router.delete(
+    "/{name}", status_code=204, operation_id="deleteTenant", summary="Delete a tenant",
+    responses=problems(*_KEY, "not_found"), response_class=Response,
+)  # fmt: skip
+async def delete_tenant(context: InContext, service: AService, name: ByName) -> None:
+    """Its keys are revoked and its runs cancelled at once; the name stays taken."""
+    await context.store(tenants.delete_tenant, context.deps.tenants, name=name, service_id=service.service_id)
+
+
+@router.post(
+    "/{name}/keys", status_code=201, operation_id="addTenantKey", summary="Add a key to a tenant",
+    responses=problems(*_KEY, "not_found"),
+)  # fmt: skip
+async def add_key(context: InContext, service: AService, name: ByName) -> KeyCreated:
+    minted = await context.store(tenants.add_tenant_key, context.deps.tenants, name=name, service_id=service.service_id)
+    return KeyCreated(id=minted.id, key=minted.key)
+
+
+@router.delete(
+    "/{name}/keys/{key_id}", status_code=204, operation_id="revokeTenantKey", summary="Revoke a tenant's key",
+    responses=problems(*_KEY, "not_found"), response_class=Response,
+)  # fmt: skip
+async def revoke_key(context: InContext, service: AService, name: ByName, key_id: str) -> None:
+    await context.store(
+        tenants.revoke_tenant_key, context.deps.tenants, name=name, key_id=key_id, service_id=service.service_id
+    )

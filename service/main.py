@@ -1,0 +1,147 @@
+"""The API's composition root: settings in, a running server out. Importing it does nothing.
+
+`python -m service.main` brings the schema to this version's and serves; `python -m service.main migrate` does the first
+only. Several processes may start at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from pydantic import ValidationError
+
+from service import logs
+from service.adapters.blobs import FileBlobs
+from service.adapters.celery_queue import CeleryDoorbell
+from service.adapters.redis_bus import RedisBus, RedisHints
+from service.adapters.sql.migrate import upgrade
+from service.adapters.sql_store import SqlStore
+from service.api.app import build
+from service.api.context import Bounds, Deps
+from service.core.errors import BlastdoorError, Unavailable
+from service.core.placement import Policy
+from service.intake.notation import NotationError, read_yaml
+from service.settings import Settings
+
+GRACE_S = 4
+"""Of a polite end: what is still being answered by then is cut off."""
+_KEEP_ALIVE_S = 20
+_BACKLOG = 1024
+_MAX_POLICY_BYTES = 256 * 1024
+
+log = structlog.get_logger()
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application on this machine's adapters. The schema must be there (`upgrade`); Redis may be away."""
+    return build(deps_of(settings))
+
+
+def deps_of(settings: Settings) -> Deps:
+    store = SqlStore(settings.sql_url)
+    worker_fresh = timedelta(seconds=settings.worker_fresh_s)
+
+    def worker() -> None:
+        if not store.live_workers(fresh=worker_fresh):
+            raise Unavailable("no worker has been heard of lately")
+
+    return Deps(
+        runs=store,
+        tenants=store,
+        workers=store,
+        blobs=FileBlobs(settings.state_dir),
+        hints=RedisHints(settings.broker_url),
+        doorbell=CeleryDoorbell(settings.broker_url),
+        policy=read_policy(settings.policy_file),
+        checks={"database": store.now, "redis": RedisBus(settings.broker_url).identity, "worker": worker},
+        bounds=Bounds(
+            upload_max_bytes=settings.upload_max_bytes,
+            upload_deadline_s=settings.upload_deadline_s,
+            uploads_at_once=settings.uploads_at_once,
+            worker_fresh=worker_fresh,
+        ),
+        version=_version(),
+    )
+
+
+def read_policy(path: Path | None) -> Policy:
+    """The operator's file. One that cannot be understood stops the start: guessing would weaken what they asked for."""
+    if path is None:
+        return Policy()
+    try:
+        return Policy.model_validate(read_yaml(path.read_bytes(), max_bytes=_MAX_POLICY_BYTES) or {})
+    except (NotationError, ValidationError) as error:
+        raise BlastdoorError(f"the policy file cannot be used: {error}") from error
+
+
+def serve(settings: Settings) -> None:
+    """Until SIGTERM or SIGINT. Requests that wait for a run are answered with the run as it stands then."""
+    app = create_app(settings)
+    config = server_config(app, host=settings.host, port=settings.port)
+    _Server(config, on_exit=app.state.context.notifier.close).run()
+
+
+def server_config(app: FastAPI, *, host: str, port: int) -> uvicorn.Config:
+    """How it is served wherever it is served. No access log of uvicorn's: it would write queries."""
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        loop="uvloop" if sys.platform == "linux" else "asyncio",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+
+
+class _Server(uvicorn.Server):
+    """Tells the application at once that the end has come; uvicorn itself would first wait for those who wait."""
+
+    def __init__(self, config: uvicorn.Config, *, on_exit: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_exit = on_exit
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._on_exit()
+        super().handle_exit(sig, frame)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m service.main", description="The HTTP API of Blastdoor.")
+    parser.add_argument("command", nargs="?", choices=("serve", "migrate"), default="serve")
+    asked = parser.parse_args(argv)
+    settings = Settings()
+    logs.configure(settings.log_level, program="api")
+    try:
+        upgrade(settings.sql_url)
+        if asked.command == "serve":
+            serve(settings)
+    except (BlastdoorError, OSError) as error:
+        log.error("cannot_serve", error=str(error))
+        return 1
+    return 0
+
+
+def _version() -> str:
+    try:
+        return version("blastdoor")
+    except PackageNotFoundError:  # a source tree that was not installed
+        return "0"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
