@@ -1,0 +1,1 @@
+"""A wall made of gVisor: one runsc sandbox on this host per run."""

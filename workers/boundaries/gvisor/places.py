@@ -1,0 +1,143 @@
+"""Where a run's things are on this host, by names alone: any process that knows the reference can find them.
+
+<runtime_dir>/<installation>/<name>/     0700, ours; the name is the run's id and its fence
+    ref.json                             the label: who and what this is; removed last
+    bundle/config.json                   the OCI configuration
+    runsc/                               runsc's own `--root`, of this run only
+    fs/                                  the run's tmpfs; `work` and `tmp` in it are the guest's
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from service.core.boundary import BoundaryKind, BoundaryRef
+
+_NAME = re.compile(r"^bd-([0-9a-f]{32})-f([0-9]{1,18})$")
+_SAFE = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
+_REF = "ref.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One run's directory."""
+
+    directory: Path
+
+    @property
+    def bundle(self) -> Path:
+        return self.directory / "bundle"
+
+    @property
+    def runsc(self) -> Path:
+        return self.directory / "runsc"
+
+    @property
+    def fs(self) -> Path:
+        return self.directory / "fs"
+
+    @property
+    def unlabelled(self) -> Path:
+        """The directory before it has its label."""
+        return self.directory.with_name(f".{self.directory.name}")
+
+    def make(self, ref: BoundaryRef) -> None:
+        """It appears with its label in it, or not at all. Raises FileExistsError when the name is taken."""
+        new = self.unlabelled
+        new.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.directory.exists():
+            raise FileExistsError(f"{self.directory} exists")
+        new.mkdir(mode=0o700)
+        (new / _REF).write_text(ref.model_dump_json())
+        new.rename(self.directory)
+        for part in (self.bundle, self.runsc, self.fs):
+            part.mkdir(mode=0o700)
+
+    def remove(self) -> None:
+        """What we and runsc wrote, by name; nothing in here was ever writable by a guest. `fs` must be unmounted: then
+        it is empty. The label goes last. Raises OSError when something else is found."""
+        for directory in (self.unlabelled, self.directory):
+            for part in ("bundle", "runsc"):
+                _remove_flat(directory / part)
+            if (directory / "fs").is_dir():
+                (directory / "fs").rmdir()
+            if directory.is_dir():
+                (directory / _REF).unlink(missing_ok=True)
+                directory.rmdir()
+
+    @property
+    def exists(self) -> bool:
+        return self.directory.exists() or self.unlabelled.exists()
+
+
+def _remove_flat(directory: Path) -> None:
+    if directory.is_dir():
+        for entry in os.scandir(directory):
+            os.unlink(entry.path)
+        directory.rmdir()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """All runs of one installation on this host."""
+
+    runtime_dir: Path
+    installation: str
+    site: str
+
+    def __post_init__(self) -> None:
+        if not _SAFE.match(self.installation):
+            raise ValueError("installation should be letters, digits, - and _")
+
+    @property
+    def home(self) -> Path:
+        return self.runtime_dir / self.installation
+
+    @property
+    def group_prefix(self) -> str:
+        return f"blastdoor-{self.installation}."
+
+    def place(self, name: str) -> Place:
+        if not _NAME.match(name):
+            raise ValueError(f"{name!r} is no boundary's name")
+        return Place(self.home / name)
+
+    def group_name(self, name: str) -> str:
+        return self.group_prefix + name
+
+    def labels(self) -> Iterator[BoundaryRef]:
+        """One for each directory. A directory that lost its label is still found by its name."""
+        if not self.home.is_dir():
+            return
+        for entry in sorted(os.scandir(self.home), key=lambda found: found.name):
+            if not _NAME.match(entry.name.removeprefix(".")):
+                continue
+            try:
+                text = (Path(entry.path) / _REF).read_text()
+                ref = BoundaryRef.model_validate_json(text)
+            except (OSError, ValidationError):
+                ref = self.unlabelled(entry.name.removeprefix("."))
+            yield ref
+
+    def unlabelled(self, name: str) -> BoundaryRef:
+        """What a name alone says; long expired, so that whoever reaps takes it."""
+        match = _NAME.match(name)
+        if match is None:
+            raise ValueError(f"{name!r} is no boundary's name")
+        return BoundaryRef(
+            installation=self.installation,
+            kind=BoundaryKind.GVISOR,
+            site=self.site,
+            tenant="",
+            run_id=f"run_{match[1]}",
+            fence=int(match[2]),
+            expires_at=datetime.fromtimestamp(0, UTC),
+        )
+
+    def is_name(self, name: str) -> bool:
+        return _NAME.match(name) is not None

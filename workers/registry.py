@@ -1,0 +1,37 @@
+"""Which class builds which kind. Explicit, and an import that fails is an error: a missing driver is never skipped."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from service.core.boundary import Boundary, BoundaryKind
+
+DRIVERS: Mapping[BoundaryKind, str] = {
+    BoundaryKind.GVISOR: "workers.boundaries.gvisor.driver:GvisorBoundary",
+}
+
+
+class Host(Protocol):
+    """What a driver may know of where it runs."""
+
+    @property
+    def installation(self) -> str: ...
+    @property
+    def site(self) -> str: ...
+    @property
+    def state_dir(self) -> Path: ...
+    @property
+    def runtime_dir(self) -> Path: ...
+    @property
+    def runsc(self) -> Path: ...
+
+
+def load(kind: BoundaryKind, host: Host) -> Boundary:
+    """Raises LookupError for a kind that has no driver."""
+    if kind not in DRIVERS:
+        built = ", ".join(sorted(DRIVERS)) or "none"
+        raise LookupError(f"no driver builds {kind}; there are drivers for: {built}")
+    module, _, name = DRIVERS[kind].partition(":")
+    driver: Any = getattr(import_module(module), name)
+    return cast("Boundary", driver.for_host(host))

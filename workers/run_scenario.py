@@ -1,0 +1,231 @@
+"""THE line: claim, record, open, play, collect, finish. Read it top to bottom; everything else serves it.
+
+A worker may act on a run only while it holds the lease. A lost lease shows up in two ways, as LeaseLost from a write
+and as a set `Watch`; both end in the same place: the `with` block of the boundary kills what it holds, and nothing
+more is written.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import BinaryIO
+
+import structlog
+
+from service.core.boundary import (
+    ArtifactLimits,
+    Artifacts,
+    Boundary,
+    BoundaryKind,
+    BoundaryRef,
+    BoundarySpec,
+    Ended,
+    Sandbox,
+    StepSpec,
+)
+from service.core.errors import BoundaryLost, LeaseLost, NotYetDestroyed, ProvisionFailed
+from service.core.lease import cancelled as cancelled_verdict
+from service.core.ports import Blobs, Claim, Doorbell, Hints, RunLine
+from service.core.run import Outcome, Reason, Result, Verdict
+from service.core.scenario import Step
+from service.core.verdict import JudgedStep, judge_files, judge_run, judge_step, skipped
+from workers.watch import Watch, WatchTimes
+
+ALWAYS_GRACE_S = 10.0
+"""An `always` step still runs after the run's time is over, for at most so long."""
+_TEARDOWN_S = 60.0
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """What a worker process has for playing runs: made once by the composition root."""
+
+    runs: RunLine
+    blobs: Blobs
+    hints: Hints
+    doorbell: Doorbell
+    boundaries: Mapping[BoundaryKind, Boundary]
+    offered: Sequence[str]
+    """Boundaries with variant that this host's probe found available, e.g. `gvisor`."""
+    runtimes: Sequence[str]
+    installation: str
+    site: str
+    worker_id: str
+    times: WatchTimes
+
+
+@dataclass(frozen=True)
+class _Sink:
+    """Artifacts go to the tenant's blobs."""
+
+    blobs: Blobs
+    tenant: str
+
+    def put(self, source: BinaryIO, *, max_bytes: int) -> tuple[str, int]:
+        digest, size = self.blobs.put_stream(self.tenant, source, max_bytes=max_bytes)
+        return digest.removeprefix("sha256:"), size
+
+
+@dataclass
+class _Played:
+    """What the steps came to; filled as the run goes on, so that an interruption keeps what was seen."""
+
+    steps: list[JudgedStep] = field(default_factory=list)
+    lost: str | None = None
+
+
+def run_waiting(line: Line) -> bool:
+    """Claim the fairest waiting run that this worker can build, and see it through. -> False when nothing waited.
+
+    When another run could be claimed afterwards, the doorbell is rung for it: a ring that found its tenant at its cap
+    was used up, so whoever frees the place passes the ring on.
+    """
+    claim = line.runs.claim(
+        worker_id=line.worker_id,
+        site=line.site,
+        boundaries=line.offered,
+        runtimes=line.runtimes,
+        lease=line.times.lease,
+    )
+    if claim is None:
+        return False
+    run, fence = claim.run, claim.fence
+    line.hints.hint("outbox", run.id)
+    line.hints.hint("run", run.id)
+    logger = log.bind(run_id=run.id, fence=fence, boundary=run.placement.boundary)
+    ref = _ref(line, claim)
+    boundary = line.boundaries[ref.kind]
+    with Watch(line.runs, run_id=run.id, fence=fence, times=line.times) as watch:
+        try:
+            _play_through(line, claim, boundary, ref, watch)
+        except LeaseLost as error:
+            logger.warning("lease lost; the boundary was killed and nothing was written", error=str(error))
+        finally:
+            _tear_down(line, boundary, ref, logger)
+    if line.runs.waiting(line.offered):
+        line.doorbell.ring(run.placement.boundary)
+    return True
+
+
+def _play_through(line: Line, claim: Claim, boundary: Boundary, ref: BoundaryRef, watch: Watch) -> None:
+    run, fence = claim.run, claim.fence
+    logger = log.bind(run_id=run.id, fence=fence)
+    played = _Played()
+    spec = BoundarySpec(limits=run.controls.limits, network=run.controls.network, runtime=claim.scenario.runtime)
+    try:
+        with boundary.open(spec, ref, cancelled=watch) as sandbox:
+            if claim.bundle is not None:
+                bundle_path = line.blobs.path(run.tenant, claim.bundle.digest)
+                sandbox.upload(claim.bundle.model_copy(update={"path": bundle_path}))
+            line.runs.mark_running(run.id, fence)
+            line.hints.hint("run", run.id)
+            _play(claim, sandbox, watch, played)
+            watch.raise_if_lost()
+            line.runs.mark_collecting(run.id, fence)
+            result = _collected(line, claim, sandbox, watch, played)
+        line.runs.finish(run.id, fence, result)
+    except ProvisionFailed as error:
+        watch.raise_if_lost()
+        if watch.cancelled_by is not None:
+            line.runs.finish(run.id, fence, Result(verdict=cancelled_verdict(watch.cancelled_by)))
+        else:
+            logger.warning("provisioning failed", error=str(error))
+            line.runs.requeue(run.id, fence, why=str(error))
+    except LeaseLost:
+        raise
+    except Exception:
+        # Ours to answer for: the owner learns `internal`, the operator reads the traceback.
+        logger.exception("the worker failed on this run")
+        verdict = Verdict(outcome=Outcome.ERRORED, reason=Reason.INTERNAL, message="an error inside the platform")
+        line.runs.finish(run.id, fence, Result(verdict=verdict, steps=tuple(s.result for s in played.steps)))
+    finally:
+        line.hints.hint("run", run.id)
+        line.hints.hint("outbox", run.id)
+
+
+def _play(claim: Claim, sandbox: Sandbox, watch: Watch, played: _Played) -> None:
+    """One step after another. Wall time counts from here; what of it is left bounds each step."""
+    scenario, wall_s = claim.scenario, claim.run.controls.limits.wall.total_seconds()
+    started = time.monotonic()
+    stopped = dead = False
+    for n, step in enumerate(scenario.steps, start=1):
+        if dead or watch.is_set() or (stopped and not step.always):
+            played.steps.append(skipped(n, step))
+            continue
+        left_s = wall_s - (time.monotonic() - started)
+        timeout_s, wall_is_next = _allowed(step, left_s=left_s, stopped=stopped)
+        spec = StepSpec(
+            n=n, argv=step.argv, env=scenario.environment(step), stdin=step.stdin.encode(), timeout_s=timeout_s
+        )
+        execution = sandbox.execute(spec)
+        if wall_is_next and execution.ended is Ended.STEP_TIMEOUT:
+            execution = execution.model_copy(update={"ended": Ended.WALL_TIMEOUT})
+        judged = judge_step(n, step, execution)
+        played.steps.append(judged)
+        stopped = stopped or judged.stops
+        dead = not execution.sandbox_alive
+        if execution.ended is Ended.LOST and not watch.is_set():
+            played.lost = execution.message or "the sandbox ended during the step, and nothing the host saw explains it"
+
+
+def _allowed(step: Step, *, left_s: float, stopped: bool) -> tuple[float, bool]:
+    """-> (seconds the step may take, whether it is the run's time that ends first). After a failure an `always` step
+    has at least `ALWAYS_GRACE_S`, even when the run's time is over."""
+    if stopped:
+        left_s = max(left_s, ALWAYS_GRACE_S)
+    own_s = step.timeout.total_seconds() if step.timeout is not None else left_s
+    return max(min(own_s, left_s), 0.001), own_s >= left_s
+
+
+def _collected(line: Line, claim: Claim, sandbox: Sandbox, watch: Watch, played: _Played) -> Result:
+    """End the guest, read what it left, and judge. A cancelled run's artifacts are not collected."""
+    try:
+        evidence = sandbox.evidence().model_dump(mode="json")
+    except BoundaryLost:
+        evidence = None  # it ended before anything could be looked at
+    expected = tuple(path for step in claim.scenario.steps for path in step.expect.files)
+    limits = ArtifactLimits(total_bytes=claim.run.controls.limits.artifacts, expected=expected)
+    patterns = () if watch.cancelled_by else claim.scenario.artifacts
+    found: Artifacts = sandbox.collect(patterns, limits=limits, sink=_Sink(line.blobs, claim.run.tenant))
+    steps = [
+        judge_files(judged, step, found.expected)
+        for judged, step in zip(played.steps, claim.scenario.steps, strict=True)
+    ]
+    watch.raise_if_lost()
+    return Result(
+        verdict=judge_run(steps, cancelled_by=watch.cancelled_by, lost=played.lost),
+        steps=tuple(step.result for step in steps),
+        usage=found.usage,
+        artifacts=found.kept,
+        skipped_artifacts=found.skipped,
+        evidence=evidence,
+    )
+
+
+def _tear_down(line: Line, boundary: Boundary, ref: BoundaryRef, logger: structlog.stdlib.BoundLogger) -> None:
+    """Reap our own run at once. What resists is the reaper's; it is not recorded as gone before it is."""
+    try:
+        boundary.destroy(ref)
+    except NotYetDestroyed as error:
+        logger.warning("not yet destroyed; left to the reaper", error=str(error))
+        return
+    if line.runs.record_destroyed(ref.run_id, ref.fence):
+        line.hints.hint("outbox", ref.run_id)
+
+
+def _ref(line: Line, claim: Claim) -> BoundaryRef:
+    run = claim.run
+    lifetime = run.controls.limits.wall + timedelta(seconds=2 * _TEARDOWN_S)
+    return BoundaryRef(
+        installation=line.installation,
+        kind=run.placement.kind,
+        variant=run.placement.variant,
+        site=line.site,
+        tenant=run.tenant,
+        run_id=run.id,
+        fence=claim.fence,
+        expires_at=claim.lease_until + lifetime,
+    )

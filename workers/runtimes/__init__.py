@@ -1,0 +1,1 @@
+"""Root filesystems that an operator offers by name, in a store of ours."""
