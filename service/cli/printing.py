@@ -1,0 +1,115 @@
+"""What the commands print. Text that came from a guest or a tenant passes through `visible` on its way to a terminal.
+
+A terminal obeys its input: escape sequences move the cursor over what was printed before, set the title, write the
+clipboard; bidirectional controls show a line in another order than it has (CVE-2021-25743, CVE-2021-42574). So nothing
+but printable characters, newlines and tabs gets there, and what was replaced is shown. Rich's own markup is never read.
+"""
+
+import json
+import sys
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+# Controls, formats (bidi, zero width, tags), surrogates, private use, unassigned, line and paragraph separators.
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+_OUTCOME_STYLE = {"passed": "green", "skipped": "dim", "errored": "bold magenta", "running": "cyan", "queued": "dim"}
+
+
+def visible(text: object, *, one_line: bool = False) -> str:
+    r"""Text as it may stand on a terminal: `\x1b`, `\u202e` and their like are spelled out.
+
+    Newlines and tabs are kept, or spelled out as well where `one_line`.
+    """
+    kept = "" if one_line else "\n\t"
+    return "".join(c if c in kept or not _is_hidden(c) else _spelled(c) for c in str(text))
+
+
+def _is_hidden(character: str) -> bool:
+    return not (" " <= character <= "~") and unicodedata.category(character) in _HIDDEN
+
+
+def _spelled(character: str) -> str:
+    point = ord(character)
+    if point < 0x100:
+        return {"\n": r"\n", "\r": r"\r", "\t": r"\t"}.get(character, f"\\x{point:02x}")
+    return f"\\u{point:04x}" if point < 0x10000 else f"\\U{point:08x}"
+
+
+def quoted(text: object, style: str = "", *, one_line: bool = True) -> Text:
+    """The same as a Rich text: no markup, no emoji codes, no links."""
+    return Text(visible(text, one_line=one_line), style=style)
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Plain when it is not a terminal: no colour, no spinner, 80 columns unless COLUMNS says otherwise."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=False)
+
+
+def print_json(document: Any) -> None:
+    """One line of ASCII: every control character, also DEL, is an escape of JSON's own."""
+    text = json.dumps(document, ensure_ascii=True, separators=(", ", ": ")).replace("\x7f", "\\u007f")
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def print_line(console: Console, *parts: str | Text | tuple[str, str]) -> None:
+    """One line of our own words and quoted parts; long ones wrap at spaces."""
+    console.print(Text.assemble(*parts))
+
+
+def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], *, wide: str = "") -> None:
+    """A table within the console's width. `wide` names the column that folds when there is not enough room."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=column != wide, overflow="fold")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else quoted(cell) for cell in row))
+    _print_trimmed(console, table)
+
+
+def print_fields(console: Console, fields: Iterable[tuple[str, object]]) -> None:
+    """Names and values, a line each; what is unknown is left out."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for name, value in fields:
+        if value not in (None, "", (), [], {}):
+            table.add_row(name, value if isinstance(value, Text) else quoted(value))
+    _print_trimmed(console, table)
+
+
+def _print_trimmed(console: Console, table: Table) -> None:
+    """In a file or a pipe, without the spaces that fill a table's last column."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as captured:
+        console.print(table)
+    console.file.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
+
+
+def outcome_text(word: object) -> Text:
+    """An outcome or a phase in its colour; the word itself says it where there is no colour."""
+    return quoted(word, _OUTCOME_STYLE.get(str(word), "red" if word else "dim"))
+
+
+def seconds_text(value: object) -> str:
+    """Seconds as people read them: `0.41 s`, `12.0 s`; empty when unknown."""
+    if not isinstance(value, int | float):
+        return ""
+    return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
+
+
+def bytes_text(value: object) -> str:
+    if not isinstance(value, int | float):
+        return ""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:g} B"
