@@ -29,7 +29,7 @@ from service.logs import configure
 from service.settings import Settings
 from workers.reaper import sweep
 from workers.reconcile import reconcile
-from workers.registry import load
+from workers.registry import Warmable, load
 from workers.run_scenario import Line
 from workers.tasks import register
 from workers.watch import WatchTimes
@@ -63,7 +63,7 @@ class Site:
 
 @dataclass
 class Parts:
-    """The adapters of one process. Never carried over a fork: `parts()` makes them anew for each process id."""
+    """The adapters of one process. Never carried over a fork: each child makes them anew."""
 
     settings: Settings
     store: SqlStore
@@ -113,16 +113,15 @@ def run_worker(settings: Settings) -> int:
     capabilities = probe(parts.boundaries)
     record = WorkerRecord(id=new_id("wrk"), host=socket.gethostname(), site=settings.site, capabilities=capabilities)
     parts.store.record_worker(record)
-    offered = [row.boundary for row in capabilities if row.available]
+    offered = _offered(capabilities)
     if not offered:
         log.error("this host can build no boundary; run `blastdoor doctor`")
         return 3
-    runtimes = sorted({name for row in capabilities if row.available for name in row.runtimes})
     app = celery_app(settings.broker_url)
-    lines = _LinePerProcess(settings, record.id, offered, runtimes)
+    lines = _LinePerProcess(settings, record)
     register(app, lines, ring_task=RING_TASK)
-    signals.worker_process_init.connect(lambda **_: lines(), weak=False)
-    app.steps["worker"].add(_registrar(parts.store, record, every_s=settings.probe_s))
+    signals.worker_process_init.connect(lambda **_: lines.warm(), weak=False)
+    app.steps["worker"].add(_registrar(parts, record))
     queues = ",".join(queue_name(boundary) for boundary in offered)
     log.info("worker starts", worker=record.id, queues=queues, concurrency=settings.worker_concurrency)
     arguments = ["worker", "-Q", queues, "-c", str(settings.worker_concurrency), "-P", "prefork", "-n", record.id]
@@ -131,20 +130,21 @@ def run_worker(settings: Settings) -> int:
     return 0
 
 
-class _LinePerProcess:
-    """Each child makes its own connections, once, after the fork."""
+def _offered(capabilities: Sequence[Capabilities]) -> list[str]:
+    return [row.boundary for row in capabilities if row.available]
 
-    def __init__(self, settings: Settings, worker_id: str, offered: Sequence[str], runtimes: Sequence[str]) -> None:
-        self._settings, self._worker_id, self._offered, self._runtimes = settings, worker_id, offered, runtimes
-        self._line: tuple[int, Line] | None = None
+
+class _LinePerProcess:
+    """Each child makes its own connections, once, after the fork. It offers what its parent measured last, which is
+    what the API places runs by: a runtime that an operator adds is offered without a restart."""
+
+    def __init__(self, settings: Settings, record: WorkerRecord) -> None:
+        self._settings, self._record = settings, record
+        self._parts: Parts | None = None
 
     def __call__(self) -> Line:
-        if self._line is None or self._line[0] != os.getpid():
-            self._line = os.getpid(), self._build()
-        return self._line[1]
-
-    def _build(self) -> Line:
-        settings, parts = self._settings, build(self._settings)
+        settings, parts = self._settings, self._mine()
+        capabilities = self._measured(parts.store)
         times = WatchTimes(
             lease=timedelta(seconds=settings.lease_s),
             heartbeat=timedelta(seconds=settings.heartbeat_s),
@@ -157,30 +157,48 @@ class _LinePerProcess:
             hints=parts.hints,
             doorbell=parts.doorbell,
             boundaries=parts.boundaries,
-            offered=self._offered,
-            runtimes=self._runtimes,
+            offered=_offered(capabilities),
+            runtimes=sorted({name for row in capabilities if row.available for name in row.runtimes}),
             installation=parts.installation,
             site=settings.site,
-            worker_id=self._worker_id,
+            worker_id=self._record.id,
             times=times,
         )
 
+    def warm(self) -> None:
+        """What the first run would otherwise wait for. Celery kills a child that takes four seconds to start."""
+        for boundary in self._mine().boundaries.values():
+            if isinstance(boundary, Warmable):
+                boundary.warm()
 
-def _registrar(store: SqlStore, record: WorkerRecord, *, every_s: float) -> type[Any]:
-    """A step of the worker's parent that says `alive` on its event loop's timer: no thread, since the parent forks."""
+    def _mine(self) -> Parts:
+        if self._parts is None or self._parts.pid != os.getpid():
+            self._parts = build(self._settings)
+        return self._parts
+
+    def _measured(self, store: SqlStore) -> Sequence[Capabilities]:
+        live = store.live_workers(fresh=timedelta(seconds=self._settings.worker_fresh_s))
+        self._record = next((worker for worker in live if worker.id == self._record.id), self._record)
+        return self._record.capabilities
+
+
+def _registrar(parts: Parts, record: WorkerRecord) -> type[Any]:
+    """A step of the worker's parent that says on its event loop's timer what this host can build: no thread, since the
+    parent forks."""
 
     class Registrar(bootsteps.StartStopStep):  # type: ignore[misc]
         requires = ("celery.worker.components:Timer",)
 
         def start(self, worker: Any) -> None:
-            self.timer = worker.timer.call_repeatedly(every_s, self.beat)
+            self.timer = worker.timer.call_repeatedly(parts.settings.probe_s, self.beat)
 
         def stop(self, worker: Any) -> None:
             self.timer.cancel()
 
         def beat(self) -> None:
             try:
-                store.record_worker(record)
+                measured = record.model_copy(update={"capabilities": probe(parts.boundaries)})
+                parts.store.record_worker(measured)
             except Unavailable as error:
                 log.warning("cannot say that this worker lives", error=str(error))
 
@@ -225,6 +243,9 @@ def housekeep(parts: Parts) -> None:
         )
     except BlastdoorError as error:
         log.warning("housekeeping was interrupted; the next pass goes on", error=str(error))
+        return
+    except Exception:  # a defect; the reaper outlives it, since nothing else ends what a dead worker left
+        log.exception("housekeeping failed; the next pass goes on")
         return
     if swept.destroyed or swept.resisted:
         log.info("swept", destroyed=len(swept.destroyed), resisted=len(swept.resisted), recorded=swept.recorded)

@@ -2,12 +2,12 @@
 
 A claim is committed before anything is created, and each row is read after the world was listed: so whatever is listed
 has its row, and an unknown fence really is an orphan. Which runs nobody acts on is read before: so what is then not
-listed really is gone. Two reapers at once are safe: destroying is idempotent,
-recording counts once.
+listed really is gone. Two reapers at once are safe: destroying is idempotent, recording counts once.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 import structlog
 
@@ -36,13 +36,19 @@ def sweep(boundaries: Iterable[Boundary], runs: RunLine, hints: Hints, *, instal
     destroyed: list[BoundaryRef] = []
     resisted: list[BoundaryRef] = []
     for ref in (ref for refs in listed.values() for ref in refs or () if ref.installation == installation):
-        if not gone(runs.lease_of(ref.run_id), ref.fence, now=runs.now()):
+        now = runs.now()
+        if _is_canary(ref, now=now) or not gone(runs.lease_of(ref.run_id), ref.fence, now=now):
             continue
         (destroyed if _destroyed(by_kind[ref.kind], ref) else resisted).append(ref)
     absent = [view for view in unclaimed if _is_absent(view, listed)]
     facts = [(ref.run_id, ref.fence) for ref in destroyed] + [(view.run_id, view.fence) for view in absent]
     recorded = sum(_record(runs, hints, run_id, fence) for run_id, fence in facts)
     return Swept(tuple(destroyed), tuple(resisted), recorded)
+
+
+def _is_canary(ref: BoundaryRef, *, now: datetime) -> bool:
+    """A probe is trying the wall out. It has no run; it has until it expires."""
+    return ref.tenant.startswith("_") and now < ref.expires_at
 
 
 def _is_absent(view: LeaseView, listed: Mapping[BoundaryKind, list[BoundaryRef] | None]) -> bool:
@@ -63,7 +69,7 @@ def _discovered(boundary: Boundary) -> list[BoundaryRef] | None:
     """None when the platform could not be asked: not the same as an empty list."""
     try:
         return list(boundary.discover())
-    except BlastdoorError:
+    except (BlastdoorError, OSError):
         log.exception("cannot list what exists", kind=str(boundary.kind))
         return None
 
@@ -71,7 +77,7 @@ def _discovered(boundary: Boundary) -> list[BoundaryRef] | None:
 def _destroyed(boundary: Boundary, ref: BoundaryRef) -> bool:
     try:
         boundary.destroy(ref)
-    except NotYetDestroyed as error:
+    except (NotYetDestroyed, OSError) as error:
         log.warning("not yet destroyed", boundary=ref.name, error=str(error))
         return False
     log.info("destroyed an orphan", boundary=ref.name, run_id=ref.run_id, fence=ref.fence)

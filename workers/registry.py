@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from service.core.boundary import Boundary, BoundaryKind
 
@@ -25,6 +25,15 @@ class Host(Protocol):
     def runtime_dir(self) -> Path: ...
     @property
     def runsc(self) -> Path: ...
+
+
+@runtime_checkable
+class Warmable(Protocol):
+    """A driver that can get something ready before the first run asks for it."""
+
+    def warm(self) -> None:
+        """Raises ProvisionFailed; then the run will find out for itself."""
+        ...
 
 
 def load(kind: BoundaryKind, host: Host) -> Boundary:

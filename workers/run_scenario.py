@@ -6,7 +6,7 @@ more is written.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import BinaryIO
@@ -24,7 +24,7 @@ from service.core.boundary import (
     Sandbox,
     StepSpec,
 )
-from service.core.errors import BoundaryLost, LeaseLost, NotYetDestroyed, ProvisionFailed
+from service.core.errors import BoundaryLost, LeaseLost, NotYetDestroyed, ProvisionFailed, Unavailable
 from service.core.lease import cancelled as cancelled_verdict
 from service.core.ports import Blobs, Claim, Doorbell, Hints, RunLine
 from service.core.run import Outcome, Reason, Result, Verdict
@@ -33,7 +33,7 @@ from service.core.verdict import JudgedStep, judge_files, judge_run, judge_step,
 from workers.watch import Watch, WatchTimes
 
 ALWAYS_GRACE_S = 10.0
-"""An `always` step still runs after the run's time is over, for at most so long."""
+"""Steps marked `always` still run after the run's time is over, for at most so long in all."""
 _TEARDOWN_S = 60.0
 
 log = structlog.get_logger()
@@ -105,8 +105,7 @@ def run_waiting(line: Line) -> bool:
             logger.warning("lease lost; the boundary was killed and nothing was written", error=str(error))
         finally:
             _tear_down(line, boundary, ref, logger)
-    if line.runs.waiting(line.offered):
-        line.doorbell.ring(run.placement.boundary)
+    _pass_on(line, run.placement.boundary, logger)
     return True
 
 
@@ -120,30 +119,52 @@ def _play_through(line: Line, claim: Claim, boundary: Boundary, ref: BoundaryRef
             if claim.bundle is not None:
                 bundle_path = line.blobs.path(run.tenant, claim.bundle.digest)
                 sandbox.upload(claim.bundle.model_copy(update={"path": bundle_path}))
-            line.runs.mark_running(run.id, fence)
+            _insist(watch, lambda: line.runs.mark_running(run.id, fence))
             line.hints.hint("run", run.id)
             _play(claim, sandbox, watch, played)
             watch.raise_if_lost()
-            line.runs.mark_collecting(run.id, fence)
+            _insist(watch, lambda: line.runs.mark_collecting(run.id, fence))
             result = _collected(line, claim, sandbox, watch, played)
-        line.runs.finish(run.id, fence, result)
-    except ProvisionFailed as error:
+        _insist(watch, lambda: line.runs.finish(run.id, fence, result))
+    except ProvisionFailed as failed:
         watch.raise_if_lost()
+        why = str(failed)
         if watch.cancelled_by is not None:
-            line.runs.finish(run.id, fence, Result(verdict=cancelled_verdict(watch.cancelled_by)))
+            cancelled = Result(verdict=cancelled_verdict(watch.cancelled_by))
+            _insist(watch, lambda: line.runs.finish(run.id, fence, cancelled))
         else:
-            logger.warning("provisioning failed", error=str(error))
-            line.runs.requeue(run.id, fence, why=str(error))
+            logger.warning("provisioning failed", error=why)
+            _insist(watch, lambda: line.runs.requeue(run.id, fence, why=why))
     except LeaseLost:
         raise
-    except Exception:
+    except Exception as error:
         # Ours to answer for: the owner learns `internal`, the operator reads the traceback.
         logger.exception("the worker failed on this run")
-        verdict = Verdict(outcome=Outcome.ERRORED, reason=Reason.INTERNAL, message="an error inside the platform")
-        line.runs.finish(run.id, fence, Result(verdict=verdict, steps=tuple(s.result for s in played.steps)))
+        errored = Result(verdict=_errored(error), steps=tuple(s.result for s in played.steps))
+        _insist(watch, lambda: line.runs.finish(run.id, fence, errored))
     finally:
         line.hints.hint("run", run.id)
         line.hints.hint("outbox", run.id)
+
+
+def _insist(watch: Watch, write: Callable[[], object]) -> None:
+    """A database that is away for a moment is no reason to throw a run away: again, for as long as the lease is ours.
+    Raises LeaseLost, also when the answer to a write that was made got lost."""
+    while True:
+        try:
+            write()
+        except Unavailable as error:
+            log.warning("cannot write now; again in a moment", error=str(error))
+            watch.raise_if_lost()
+            watch.pause()
+        else:
+            return
+
+
+def _errored(error: Exception) -> Verdict:
+    if isinstance(error, BoundaryLost):
+        return Verdict(outcome=Outcome.ERRORED, reason=Reason.BOUNDARY_LOST, message=str(error))
+    return Verdict(outcome=Outcome.ERRORED, reason=Reason.INTERNAL, message="an error inside the platform")
 
 
 def _play(claim: Claim, sandbox: Sandbox, watch: Watch, played: _Played) -> None:
@@ -156,7 +177,7 @@ def _play(claim: Claim, sandbox: Sandbox, watch: Watch, played: _Played) -> None
             played.steps.append(skipped(n, step))
             continue
         left_s = wall_s - (time.monotonic() - started)
-        timeout_s, wall_is_next = _allowed(step, left_s=left_s, stopped=stopped)
+        timeout_s, wall_is_next = allowed(step, left_s=left_s, stopped=stopped)
         spec = StepSpec(
             n=n, argv=step.argv, env=scenario.environment(step), stdin=step.stdin.encode(), timeout_s=timeout_s
         )
@@ -171,17 +192,17 @@ def _play(claim: Claim, sandbox: Sandbox, watch: Watch, played: _Played) -> None
             played.lost = execution.message or "the sandbox ended during the step, and nothing the host saw explains it"
 
 
-def _allowed(step: Step, *, left_s: float, stopped: bool) -> tuple[float, bool]:
-    """-> (seconds the step may take, whether it is the run's time that ends first). After a failure an `always` step
-    has at least `ALWAYS_GRACE_S`, even when the run's time is over."""
+def allowed(step: Step, *, left_s: float, stopped: bool) -> tuple[float, bool]:
+    """-> (seconds the step may take, whether it is the run's time that ends first). `left_s` is below zero when the
+    run's time is over: then, after a failure, `always` steps share `ALWAYS_GRACE_S`."""
     if stopped:
-        left_s = max(left_s, ALWAYS_GRACE_S)
+        left_s = min(max(left_s, ALWAYS_GRACE_S), left_s + ALWAYS_GRACE_S)
     own_s = step.timeout.total_seconds() if step.timeout is not None else left_s
     return max(min(own_s, left_s), 0.001), own_s >= left_s
 
 
 def _collected(line: Line, claim: Claim, sandbox: Sandbox, watch: Watch, played: _Played) -> Result:
-    """End the guest, read what it left, and judge. A cancelled run's artifacts are not collected."""
+    """End the guest, read what it left, and judge. A cancelled run has no artifacts, however late that was said."""
     try:
         evidence = sandbox.evidence().model_dump(mode="json")
     except BoundaryLost:
@@ -195,12 +216,13 @@ def _collected(line: Line, claim: Claim, sandbox: Sandbox, watch: Watch, played:
         for judged, step in zip(played.steps, claim.scenario.steps, strict=True)
     ]
     watch.raise_if_lost()
+    cancelled_by = watch.cancelled_by
     return Result(
-        verdict=judge_run(steps, cancelled_by=watch.cancelled_by, lost=played.lost),
+        verdict=judge_run(steps, cancelled_by=cancelled_by, lost=played.lost),
         steps=tuple(step.result for step in steps),
         usage=found.usage,
-        artifacts=found.kept,
-        skipped_artifacts=found.skipped,
+        artifacts=() if cancelled_by else found.kept,
+        skipped_artifacts=() if cancelled_by else found.skipped,
         evidence=evidence,
     )
 
@@ -212,8 +234,22 @@ def _tear_down(line: Line, boundary: Boundary, ref: BoundaryRef, logger: structl
     except NotYetDestroyed as error:
         logger.warning("not yet destroyed; left to the reaper", error=str(error))
         return
-    if line.runs.record_destroyed(ref.run_id, ref.fence):
+    try:
+        recorded = line.runs.record_destroyed(ref.run_id, ref.fence)
+    except Unavailable as error:
+        logger.warning("destroyed, and not recorded; left to the reaper", error=str(error))
+        return
+    if recorded:
         line.hints.hint("outbox", ref.run_id)
+
+
+def _pass_on(line: Line, boundary: str, logger: structlog.stdlib.BoundLogger) -> None:
+    """The bell, to whoever can take the next run."""
+    try:
+        if line.runs.waiting(line.offered):
+            line.doorbell.ring(boundary)
+    except Unavailable as error:
+        logger.warning("the bell was not passed on; the reconciler rings again", error=str(error))
 
 
 def _ref(line: Line, claim: Claim) -> BoundaryRef:

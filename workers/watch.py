@@ -25,24 +25,34 @@ class WatchTimes:
 
 
 class Watch:
-    """A `Cancellation`: set when the run was cancelled or the lease is lost (another fence, or no word from the
-    database for `self_fence` of monotonic time: then somebody else may be about to act)."""
+    """A `Cancellation`: set when the run was cancelled or the lease is lost (another fence, or not renewed for
+    `self_fence` of monotonic time: then somebody else may be about to act).
+
+    Whoever asks measures that time too, so a database that hangs fences as well as one that says no."""
 
     def __init__(self, runs: RunLine, *, run_id: str, fence: int, times: WatchTimes) -> None:
         self._runs, self._run_id, self._fence, self._times = runs, run_id, fence, times
         self._stop, self._set = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"watch-{run_id}", daemon=True)
+        self._renewed = time.monotonic()
         self.cancelled_by: str | None = None
         self.lost: str | None = None
 
     def is_set(self) -> bool:
+        self._lose_when_late()
         return self._set.is_set()
 
     def raise_if_lost(self) -> None:
+        self._lose_when_late()
         if self.lost is not None:
             raise LeaseLost(self.lost)
 
+    def pause(self) -> None:
+        """As long as between two questions to the database."""
+        self._stop.wait(self._times.cancel_poll.total_seconds())
+
     def __enter__(self) -> "Watch":
+        self._renewed = time.monotonic()
         self._thread.start()
         return self
 
@@ -53,24 +63,28 @@ class Watch:
         self._thread.join(timeout=self._times.self_fence.total_seconds())
 
     def _keep(self) -> None:
-        heard = renewed = time.monotonic()
-        while not self._stop.wait(self._times.cancel_poll.total_seconds()):
-            renew = time.monotonic() - renewed >= self._times.heartbeat.total_seconds()
+        try:
+            self._ask_until_stopped()
+        except LeaseLost as error:
+            self._lose(str(error))
+        except Exception:  # nobody renews the lease from here on: it is as good as lost
+            log.exception("the lease's keeper failed", run_id=self._run_id)
+            self._lose("the lease's keeper failed")
+
+    def _ask_until_stopped(self) -> None:
+        while self.lost is None and not self._stop.wait(self._times.cancel_poll.total_seconds()):
+            asked = time.monotonic()
+            renew = asked - self._renewed >= self._times.heartbeat.total_seconds()
             try:
                 beat = self._ask(renew=renew)
-            except LeaseLost as error:
-                self._lose(str(error))
-                return
+            except LeaseLost:
+                raise
             except BlastdoorError as error:
-                silent = time.monotonic() - heard
-                log.warning("no heartbeat", run_id=self._run_id, silent_s=round(silent, 1), error=str(error))
-                if silent > self._times.self_fence.total_seconds():
-                    self._lose(f"no successful heartbeat for {silent:.0f} s")
-                    return
+                log.warning("no heartbeat", run_id=self._run_id, late_s=round(self._late_s(), 1), error=str(error))
+                self._lose_when_late()
                 continue
-            heard = time.monotonic()
             if renew:
-                renewed = heard
+                self._renewed = asked
             if beat.cancel_requested_by is not None and self.cancelled_by is None:
                 self.cancelled_by = beat.cancel_requested_by
                 self._set.set()
@@ -79,6 +93,14 @@ class Watch:
         if renew:
             return self._runs.heartbeat(self._run_id, self._fence, lease=self._times.lease)
         return self._runs.look(self._run_id, self._fence)
+
+    def _late_s(self) -> float:
+        return time.monotonic() - self._renewed
+
+    def _lose_when_late(self) -> None:
+        late_s = self._late_s()
+        if self.lost is None and late_s > self._times.self_fence.total_seconds():
+            self._lose(f"no successful heartbeat for {late_s:.1f} s")
 
     def _lose(self, why: str) -> None:
         if not self._stop.is_set():

@@ -79,7 +79,7 @@ class FakeSandbox:
         if self._collected:
             raise BoundaryError("nothing runs after collect")
         self._played = True
-        if not self._guest.alive:
+        if not self._guest.alive or self._guest.ref.name not in self._world.running:
             return Execution(ended=Ended.LOST, duration_s=0, cpu_s=0, sandbox_alive=False)
         execution = self._play(step)
         self._guest.alive = execution.sandbox_alive
@@ -189,7 +189,7 @@ class FakeBoundary:
             self.world.running.discard(ref.name)
 
     def discover(self) -> Iterator[BoundaryRef]:
-        yield from [ref for ref in self.world.labels.values() if ref.installation == self._installation]
+        yield from [ref for ref in list(self.world.labels.values()) if ref.installation == self._installation]
 
     def destroy(self, ref: BoundaryRef) -> None:
         self.world.running.discard(ref.name)

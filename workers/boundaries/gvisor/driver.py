@@ -17,13 +17,15 @@ from typing import Protocol
 
 from service.core.boundary import BoundaryKind, BoundaryRef, BoundarySpec, Cancellation, Capabilities, Sandbox
 from service.core.errors import NotYetDestroyed, ProvisionFailed
-from workers.boundaries.gvisor.cgroups import CgroupTree
+from workers.boundaries.gvisor.cgroups import CgroupTree, Group
 from workers.boundaries.gvisor.control import GUEST_UID
+from workers.boundaries.gvisor.evidence import identify
 from workers.boundaries.gvisor.mounts import mount_points, mount_tmpfs, unmount
 from workers.boundaries.gvisor.places import Place, Places
 from workers.boundaries.gvisor.render import FILES_OVERHEAD, group_limits, render_argv, render_config
 from workers.boundaries.gvisor.sandbox import GvisorSandbox
 from workers.boundaries.gvisor.supervision import Supervised, Supervisors
+from workers.proc import ProcessFailed
 from workers.runtimes.store import RuntimeStore, RuntimeUnknown
 
 _READY_S = 30.0
@@ -101,6 +103,10 @@ class GvisorBoundary:
     def cgroups(self) -> CgroupTree:
         return self._cgroups
 
+    def warm(self) -> None:
+        """Have the supervising process started before the first run asks for it. Raises ProvisionFailed."""
+        self._supervisors.warm()
+
     def close(self) -> None:
         """End the supervising process that waits for the next run."""
         self._supervisors.close()
@@ -149,12 +155,10 @@ class GvisorBoundary:
     def destroy(self, ref: BoundaryRef) -> None:
         place = self._places.place(ref.name)
         group = self._cgroups.group(self._places.group_name(ref.name))
-        left = group.kill(timeout_s=_CLEAR_S)
-        if left:
-            raise NotYetDestroyed(f"{ref.name}: processes do not end: {sorted(left)}")
+        _end(group)
         try:
             self._unmount(place)
-            self._insist(group.remove)
+            _insist(lambda: _end_and_remove(group))
             place.remove()
         except OSError as error:
             raise NotYetDestroyed(f"{ref.name}: {error}") from error
@@ -199,6 +203,8 @@ class GvisorBoundary:
             }
         )
         stack.callback(supervised.close)
+        with suppress(OSError, ProcessFailed):
+            identify(self._host.runsc)  # once per binary, while the sandbox starts: no step has to wait for a digest
         _wait_ready(supervised, cancelled)
         sandbox = GvisorSandbox(
             spec,
@@ -220,20 +226,34 @@ class GvisorBoundary:
     def _unmount(self, place: Place) -> None:
         """As often as something is mounted there. Raises OSError."""
         while place.fs in set(mount_points()):
-            self._insist(lambda: unmount(place.fs))
+            _insist(lambda: unmount(place.fs))
 
-    def _insist(self, act: Callable[[], None]) -> None:
-        """The kernel lets go of what a killed process held a moment after it is gone. Raises OSError (EBUSY)."""
-        deadline = time.monotonic() + _CLEAR_S
-        while True:
-            try:
-                act()
-            except OSError as error:
-                if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.002)
-            else:
-                return
+
+def _end(group: Group) -> None:
+    """Raises NotYetDestroyed."""
+    left = group.kill(timeout_s=_CLEAR_S)
+    if left:
+        raise NotYetDestroyed(f"processes do not end: {sorted(left)}")
+
+
+def _end_and_remove(group: Group) -> None:
+    """Together: a worker that dies just now may have started something meanwhile. Raises NotYetDestroyed, OSError."""
+    _end(group)
+    group.remove()
+
+
+def _insist(act: Callable[[], None]) -> None:
+    """The kernel lets go of what a killed process held a moment after it is gone. Raises OSError (EBUSY)."""
+    deadline = time.monotonic() + _CLEAR_S
+    while True:
+        try:
+            act()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.002)
+        else:
+            return
 
 
 def _make_guest_directories(fs_fd: int) -> None:

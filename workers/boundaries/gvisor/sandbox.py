@@ -63,6 +63,7 @@ class GvisorSandbox:
             fs_fd=fs_fd,
             memory_event=memory_event,
             pids_limit=spec.limits.pids,
+            memory_limit=spec.limits.memory,
             output_limit=spec.limits.output,
             cancelled=cancelled,
             wall_ends_at=float("inf"),
@@ -107,14 +108,17 @@ class GvisorSandbox:
         if facts is None:
             raise BoundaryLost("the sandbox ended before it could be observed")
         space = os.fstatvfs(self._fs_fd)
+        try:
+            limits = self._group.limits()
+        except FileNotFoundError as error:
+            raise BoundaryLost("another process has destroyed the boundary") from error
         return Evidence(
             runtime="runsc",
             runtime_version=facts.binary.version,
             runtime_sha256=facts.binary.sha256,
             platform=facts.platform,
             network=facts.network,
-            limits=self._group.limits()
-            | {"disk_bytes": space.f_blocks * space.f_frsize, "files": space.f_files - FILES_OVERHEAD},
+            limits=limits | {"disk_bytes": space.f_blocks * space.f_frsize, "files": space.f_files - FILES_OVERHEAD},
             uid=self._guest.uid,
             observed_at=datetime.now(UTC),
         )
@@ -137,7 +141,11 @@ class GvisorSandbox:
         wall_s = 0.0
         if self._first_step_at is not None and self._last_step_at is not None:
             wall_s = self._last_step_at - self._first_step_at
-        return Usage(wall_s=wall_s, cpu_s=self._group.cpu_s(), peak_memory_bytes=self._group.peak_memory_bytes())
+        try:
+            peak_bytes = self._group.peak_memory_bytes()
+        except FileNotFoundError:
+            peak_bytes = 0
+        return Usage(wall_s=wall_s, cpu_s=self._guest.cpu_s(), peak_memory_bytes=peak_bytes)
 
     def _look(self) -> None:
         if self._facts is None:

@@ -31,6 +31,8 @@ from workers.runtimes.store import INIT_AT
 _TICK_S = 0.025
 """How often limits that the kernel does not announce are looked at; a fork bomb lives longer."""
 _CHUNK = 65536
+_START_MIN_S, _START_MAX_S = 2.0, 10.0
+"""A sentry that takes longer than this to start a program is not alive."""
 _KILL_S = 1.0
 _DEATH_S = 5.0
 _KILL_UID = (str(INIT_AT), "kill")
@@ -49,6 +51,7 @@ class Guest:
     fs_fd: int
     memory_event: int | None
     pids_limit: int
+    memory_limit: int
     output_limit: int
     cancelled: Cancellation
     wall_ends_at: float
@@ -62,20 +65,35 @@ class Guest:
         self.alive = False
         self.supervised.end(timeout_s=_DEATH_S)
 
+    def cpu_s(self) -> float:
+        """CPU seconds of the whole sandbox until now; 0 when its group is gone."""
+        try:
+            return self.group.cpu_s()
+        except FileNotFoundError:
+            return 0.0
+
     def limits_hit(self) -> frozenset[Limit]:
         """What the host's counters say now. Absent files: the group is gone, and nothing can be said."""
-        hit = set()
+        hit = self.limits_near()
         with suppress(OSError):
-            if self.group.out_of_memory() or self.group.memory_is_full():
+            if self.group.out_of_memory():
                 hit.add(Limit.MEMORY)
             if self.group.hit_host_task_limit():
                 hit.add(Limit.PIDS)
+        return frozenset(hit)
+
+    def limits_near(self) -> set[Limit]:
+        """The part that passes and must be seen while it lasts; cheap, since it is asked at every tick."""
+        hit = set()
+        with suppress(OSError):
+            if self.group.memory_is_full(self.memory_limit):
+                hit.add(Limit.MEMORY)
         space = os.fstatvfs(self.fs_fd)
         if space.f_bfree == 0:
             hit.add(Limit.DISK)
         if space.f_ffree == 0 and space.f_files > FILES_OVERHEAD:
             hit.add(Limit.FILES)
-        return frozenset(hit)
+        return hit
 
     def why_dead(self) -> tuple[Ended, frozenset[Limit], str]:
         """The sandbox has died under us. The host's own counters explain it, or nothing does."""
@@ -110,20 +128,20 @@ class _Play:
         self._asked = True
 
     def run(self) -> Execution:
-        started_at, cpu_before = time.monotonic(), self._guest.group.cpu_s()
+        started_at, cpu_before = time.monotonic(), self._guest.cpu_s()
         try:
             self._start()
             ended = self._loop(started_at + self._step.timeout_s)
         except ControlRefused as refusal:
             ended = self._not_started(str(refusal))
-        except ControlLost:
+        except (ControlLost, FileNotFoundError):  # the second: another process has destroyed the boundary
             ended = self._died()
         duration_s = time.monotonic() - started_at
         if ended is not Ended.EXITED and self._guest.alive:
             self._end_leftovers(ended)
         self._drain()
         self._limits |= self._guest.limits_hit()
-        cpu_s = max(self._guest.group.cpu_s() - cpu_before, 0.0)
+        cpu_s = max(self._guest.cpu_s() - cpu_before, 0.0)
         stdout, stderr = (stream.capture() for stream in self._outputs.values())
         return Execution(
             ended=ended,
@@ -152,7 +170,8 @@ class _Play:
                 self._selector.register(read_fd, selectors.EVENT_READ, self._read)
             self._waiting = self._stack.enter_context(Connection(self._guest.runsc_root_fd))
             fds = (guest_ends[0], guest_ends[1], guest_ends[2])
-            pid = self._waiting.execute(self._step.argv, env=self._step.env, cwd="/work", fds=fds)
+            timeout_s = min(max(self._step.timeout_s, _START_MIN_S), _START_MAX_S)
+            pid = self._waiting.execute(self._step.argv, env=self._step.env, cwd="/work", fds=fds, timeout_s=timeout_s)
         finally:
             for fd in guest_ends:
                 os.close(fd)
@@ -232,13 +251,18 @@ class _Play:
         return Ended.LIMIT
 
     def _look(self) -> Ended | None:
-        """Limits that the kernel does not announce, and the next question to the sentry."""
-        self._limits |= self._guest.limits_hit()
-        if not self._asked:
+        """Limits that the kernel does not announce. Threads are counted by the sentry, exactly, but asking costs the
+        guest CPU time: only when the host's count, never below the guest's, says that there could be so many."""
+        group = self._guest.group
+        self._limits |= self._guest.limits_near()
+        if not self._asked and group.host_tasks() >= self._guest.pids_limit:
             self._asking.ask_processes()
             self._asked = True
         # Where no event comes (cgroup v2) the kernel has begun to kill: end it as a whole, now.
-        return Ended.LIMIT if Limit.MEMORY in self._limits and self._guest.group.out_of_memory() else None
+        if self._guest.memory_event is None and group.out_of_memory():
+            self._limits.add(Limit.MEMORY)
+            return Ended.LIMIT
+        return None
 
     def _count(self, processes: list[GuestProcess]) -> None:
         mine = [process for process in processes if process.uid == GUEST_UID]

@@ -51,8 +51,9 @@ class Supervised:
             return False
         try:
             message = self._channel.recv(MAX_MESSAGE)
-        except ConnectionError:
-            message = b""
+        except ConnectionResetError:
+            # It ended without having read our "end". The kernel reports that once, before what it still had to say.
+            message = self._channel.recv(MAX_MESSAGE)
         if not message:
             # Killed by somebody: runsc died with it (PDEATHSIG); that nothing is left is for the caller to prove.
             self.gone = Gone(why="supervisor gone", status=None, stderr="")
