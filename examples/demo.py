@@ -75,7 +75,11 @@ class Demo:
             stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         assert up.stdout is not None
-        line = up.stdout.readline()
+        try:
+            line = up.stdout.readline()
+        except KeyboardInterrupt:
+            self.end(up)
+            raise
         if not line:
             raise Disappointed(f"`blastdoor up` ended with {up.wait()}")
         self.ready = json.loads(line)
@@ -89,9 +93,10 @@ class Demo:
     def play(self, name: str) -> None:
         directory = SCENARIOS / name
         title(f"blastdoor run {directory.relative_to(SCENARIOS.parents[1])}")
-        played = blastdoor("run", str(directory), state=self.state, stderr=subprocess.DEVNULL)
+        played = blastdoor("run", str(directory), state=self.state, stderr=subprocess.PIPE)
         print(played.stdout, end="")
         if played.returncode != 0:
+            print(played.stderr, end="")
             self.failures.append(f"{name} ended with exit code {played.returncode}")
         newest = json.loads(blastdoor("runs", "--limit", "1", "--json", state=self.state).stdout)["items"][0]
         run = eventually(lambda: self._destroyed(newest["id"]), seconds=20)
@@ -143,14 +148,16 @@ class Demo:
     def stop(self, up: subprocess.Popen[str]) -> None:
         title("Stopping it")
         self.sweeper.stop()
+        if (code := self.end(up)) != 0:
+            self.failures.append(f"`blastdoor up` ended with {code}")
+
+    def end(self, up: subprocess.Popen[str]) -> int:
         up.send_signal(signal.SIGINT)
         try:
-            code = up.wait(STOPPED_WITHIN_S)
+            return up.wait(STOPPED_WITHIN_S)
         except subprocess.TimeoutExpired:
             up.kill()
             raise Disappointed(f"`blastdoor up` did not stop within {STOPPED_WITHIN_S:g} s") from None
-        if code != 0:
-            self.failures.append(f"`blastdoor up` ended with {code}")
 
     def show_sweep(self) -> None:
         title(f"What is left on this machine of installation {self.sweeper.installation}")
@@ -189,7 +196,7 @@ class Sweeper:
         while not self._stopping.is_set():
             for kind, found in self.look().items():
                 self.most[kind] = max(self.most.get(kind, 0), len(found))
-            self._stopping.wait(0.15)
+            self._stopping.wait(0.25)
 
     def look(self) -> dict[str, set[str]]:
         return {

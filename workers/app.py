@@ -4,11 +4,14 @@ The worker's parent process probes, says that it lives, and consumes only the qu
 play runs. The reaper is a process of its own, one per site, so that it outlives any worker.
 """
 
+import fcntl
 import os
 import signal
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
@@ -33,6 +36,9 @@ from workers.registry import Warmable, load
 from workers.run_scenario import Line
 from workers.tasks import register
 from workers.watch import WatchTimes
+
+_JUST_HEARD_S = 0.2
+"""A child that was handed a bell has begun to play by then."""
 
 log = structlog.get_logger()
 
@@ -119,7 +125,9 @@ def run_worker(settings: Settings) -> int:
         return 3
     app = celery_app(settings.broker_url)
     lines = _LinePerProcess(settings, record)
-    register(app, lines, ring_task=RING_TASK)
+    busy = _Busy()
+    register(app, lines, ring_task=RING_TASK, playing=busy.playing)
+    app.Worker = _soft_shutdown(app.Worker, busy)
     signals.worker_process_init.connect(lambda **_: lines.warm(), weak=False)
     app.steps["worker"].add(_registrar(parts, record))
     queues = ",".join(queue_name(boundary) for boundary in offered)
@@ -180,6 +188,44 @@ class _LinePerProcess:
         live = store.live_workers(fresh=timedelta(seconds=self._settings.worker_fresh_s))
         self._record = next((worker for worker in live if worker.id == self._record.id), self._record)
         return self._record.capabilities
+
+
+class _Busy:
+    """Which children play a run: each holds a shared lock on a file without a name, and one that dies lets go of it."""
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("blastdoor-busy")
+
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        fcntl.lockf(self._fd, fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN)
+
+    def anybody(self) -> bool:
+        """Asked by the parent."""
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        fcntl.lockf(self._fd, fcntl.LOCK_UN)
+        return False
+
+
+def _soft_shutdown(worker: type[Any], busy: _Busy) -> type[Any]:
+    """Celery's worker waits on the first SIGTERM for all of `worker_soft_shutdown_timeout`; once the last run has ended
+    it need not."""
+
+    class Worker(worker):  # type: ignore[misc]
+        def wait_for_soft_shutdown(self) -> None:
+            deadline = time.monotonic() + self.app.conf.worker_soft_shutdown_timeout
+            time.sleep(_JUST_HEARD_S)
+            while busy.anybody() and time.monotonic() < deadline:
+                time.sleep(_JUST_HEARD_S)
+
+    return Worker
 
 
 def _registrar(parts: Parts, record: WorkerRecord) -> type[Any]:

@@ -3,23 +3,43 @@
 import json
 import os
 import socket
+import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from service.core.boundary import BoundaryKind, Capabilities
+from service.core.errors import BlastdoorError
 from service.core.placement import OFFERS
-from workers.registry import DRIVERS, load
+from workers.registry import DRIVERS, Warmable, load
+from workers.runtimes.import_rootfs import import_directory, import_oci_layout
+from workers.runtimes.store import RuntimeStore
 
 commands = typer.Typer(no_args_is_help=True)
+runtimes = typer.Typer(no_args_is_help=True, help="Root filesystems that scenarios may name on this host.")
+commands.add_typer(runtimes, name="runtimes")
 
-StateDir = Annotated[Path, typer.Option("--state", envvar="BLASTDOOR_STATE_DIR", help="Where state lives.")]
+
+def default_state_dir() -> Path:
+    """As `blastdoor up` has it: the XDG state home."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "blastdoor"
+
+
+StateDir = Annotated[
+    Path,
+    typer.Option(
+        "--state", envvar="BLASTDOOR_STATE_DIR", default_factory=default_state_dir, show_default=False,
+        help="Where state lives [default: blastdoor in the XDG state home]",
+    ),
+]  # fmt: skip
 RuntimeDir = Annotated[Path, typer.Option(envvar="BLASTDOOR_RUNTIME_DIR", help="Where live boundaries stand.")]
 Runsc = Annotated[Path, typer.Option(envvar="BLASTDOOR_RUNSC", help="The gVisor runtime.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")]
@@ -38,7 +58,7 @@ class ThisHost:
 
 @commands.command()
 def doctor(
-    state_dir: StateDir = Path("/var/lib/blastdoor"),
+    state_dir: StateDir,
     runtime_dir: RuntimeDir = Path("/run/blastdoor"),
     runsc: Runsc = Path("/usr/bin/runsc"),
     as_json: Json = False,
@@ -49,9 +69,11 @@ def doctor(
 
     Examples:  blastdoor doctor    |    blastdoor doctor --json | jq '.boundaries[] | select(.available)'
     """
+    # Standard output is the answer; what drivers log goes elsewhere.
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
     host = ThisHost(state_dir, runtime_dir, runsc, installation=f"doctor{os.getpid()}", site=socket.gethostname())
     try:
-        rows = [row for kind in DRIVERS for row in load(kind, host).probe()]
+        rows = [row for kind in DRIVERS for row in _probed(kind, host)]
     finally:
         with suppress(FileNotFoundError):
             (runtime_dir / host.installation).rmdir()
@@ -65,6 +87,15 @@ def doctor(
     else:
         _show(rows)
     raise typer.Exit(0 if any(row.available for row in rows) else 3)
+
+
+def _probed(kind: BoundaryKind, host: ThisHost) -> Sequence[Capabilities]:
+    boundary = load(kind, host)
+    try:
+        return boundary.probe()
+    finally:
+        if isinstance(boundary, Warmable):
+            boundary.close()
 
 
 def _no_driver(kind: BoundaryKind) -> str:
@@ -84,3 +115,41 @@ def _show(rows: list[Capabilities]) -> None:
             row.boundary, f"[{colour}]{verdict}[/]", escape("\n".join(notes if row.available else row.missing))
         )
     Console().print(grid)
+
+
+@runtimes.command("add")
+def add_runtime(
+    name: Annotated[str, typer.Argument(help="What scenarios call it: `runtime: NAME`.")],
+    source: Annotated[Path, typer.Argument(metavar="DIR|OCI-LAYOUT", exists=True, file_okay=False, readable=True)],
+    state_dir: StateDir,
+    as_json: Json = False,
+) -> None:
+    """Copy a root filesystem into this host's store and offer it; a worker that runs offers it within moments.
+
+    SOURCE is a directory with a root filesystem in it, or an OCI image layout (a directory with `oci-layout` and
+    `index.json`). Regular files, directories and links are taken; a device node, FIFO or socket is refused.
+
+    Examples:  blastdoor runtimes add alpine ./alpine-rootfs    |    blastdoor runtimes add node ./node-oci
+    """
+    store = RuntimeStore(state_dir / "runtimes")
+    take = import_oci_layout if (source / "oci-layout").is_file() else import_directory
+    try:
+        added = take(store, name, source)
+    except (BlastdoorError, OSError) as error:
+        typer.echo(f"blastdoor: {name} was not added: {error}", err=True)
+        raise typer.Exit(2) from error
+    if as_json:
+        typer.echo(json.dumps({"name": added.name, "digest": added.digest}))
+    else:
+        typer.echo(f"{added.name}  {added.digest}")
+
+
+@runtimes.command("list")
+def list_runtimes(state_dir: StateDir, as_json: Json = False) -> None:
+    """What scenarios may name on this host, by digest."""
+    offered = RuntimeStore(state_dir / "runtimes").offered()
+    if as_json:
+        typer.echo(json.dumps({"runtimes": [{"name": name, "digest": digest} for name, digest in offered.items()]}))
+        return
+    for name, digest in offered.items():
+        typer.echo(f"{name}  {digest}")

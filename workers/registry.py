@@ -35,6 +35,10 @@ class Warmable(Protocol):
         """Raises ProvisionFailed; then the run will find out for itself."""
         ...
 
+    def close(self) -> None:
+        """End what was kept ready."""
+        ...
+
 
 def load(kind: BoundaryKind, host: Host) -> Boundary:
     """Raises LookupError for a kind that has no driver."""

@@ -22,9 +22,9 @@ from service.core.controls import PLATFORM_CEILINGS
 from service.core.errors import Unavailable
 
 RING_TASK = "workers.ring"
-KILL_LADDER = timedelta(seconds=30)
-"""From the first signal to quarantine (hardening.md section 1.2)."""
-LONGEST_RING = PLATFORM_CEILINGS.wall + KILL_LADDER
+AROUND_WALL = timedelta(seconds=120)
+"""Provisioning (30 s), an `always` step after the wall time (10 s), the kill ladder, collecting and the reap."""
+LONGEST_RING = PLATFORM_CEILINGS.wall + AROUND_WALL
 BELL_EXPIRES = timedelta(hours=1)
 """As long as a run may wait by default. Judged by the worker's clock: far above any skew between hosts."""
 
@@ -90,7 +90,8 @@ def celery_app(broker_url: str, *, longest_ring: timedelta = LONGEST_RING) -> Ce
         task_time_limit=_seconds(longest_ring) + 60,
         worker_max_tasks_per_child=50,
         worker_max_memory_per_child=300_000,  # KiB
-        worker_cancel_long_running_tasks_on_connection_loss=True,
+        # Not as the table has it: a run must outlive Redis (docs/adr/0004), and a second copy of a bell is harmless.
+        worker_cancel_long_running_tasks_on_connection_loss=False,
         worker_soft_shutdown_timeout=30.0,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,

@@ -92,6 +92,7 @@ def _print_trimmed(console: Console, table: Table) -> None:
     with console.capture() as captured:
         console.print(table)
     console.file.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
+    console.file.flush()
 
 
 def outcome_text(word: object) -> Text:

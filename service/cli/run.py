@@ -51,8 +51,8 @@ def run(
 ) -> None:
     """Run a directory's scenario behind a wall of its own.
 
-    Exit code 0: passed. 1: failed, timed out, hit a limit or was cancelled. 2: refused. 3: infrastructure failed.
-    Ctrl-C cancels the run.
+    Exit code 0: passed. 1: failed, timed out, hit a limit, was cancelled.
+    2: refused. 3: infrastructure failed. Ctrl-C cancels the run.
 
     [bold]Examples[/bold]
 

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict
 
 from service.adapters.sql.engine import db_now
-from service.adapters.sql.schema import run, run_result
+from service.adapters.sql.schema import IS_QUEUED, run, run_result
 from service.core.boundary import Bundle
 from service.core.controls import AppliedControls
 from service.core.ids import RUN_ID_PATTERN
@@ -47,9 +47,26 @@ _queue_position = (
     )
 ).label("queue_position")
 
-SHOWN = sa.select(run, run_result.c.result, _queue_position).select_from(run.outerjoin(run_result))
-"""Runs as their owners see them. `queue_position` counts the older runs that wait for the same boundary, whoever owns
+_stored = run.outerjoin(run_result)
+SHOWN = sa.select(run, run_result.c.result, _queue_position).select_from(_stored)
+"""A run as its owner sees it. `queue_position` counts the older runs that wait for the same boundary, whoever owns
 them: fairness between tenants may serve one sooner, so it is where a run stands, not a promise."""
+
+LISTED = sa.select(run, run_result.c.result).select_from(_stored)
+"""Many runs: the places in the queue come from `POSITIONS`, which counts each queue once and not once for each run."""
+
+_ranked = (
+    sa.select(run.c.id, sa.func.row_number().over(partition_by=run.c.boundary, order_by=run.c.id).label("position"))
+    .where(
+        sa.text(IS_QUEUED),
+        run.c.boundary.in_(sa.bindparam("b_boundaries", expanding=True)),
+        run.c.id <= sa.bindparam("b_newest"),
+    )
+    .subquery("ranked")
+)
+POSITIONS = sa.select(_ranked.c.id, _ranked.c.position).where(
+    _ranked.c.id.in_(sa.bindparam("b_run_ids", expanding=True))
+)
 
 CHANGED = (*run.c, db_now().label("at"))
 """What a changed row returns: itself, and the instant of the change."""
@@ -68,8 +85,8 @@ def bundle_text(value: Bundle | None) -> str | None:
     return None if value is None else value.model_dump_json(exclude={"path"})
 
 
-def run_of(row: sa.Row[Any], *, result: Result | None = None) -> Run:
-    """`result`: when the row does not carry it."""
+def run_of(row: sa.Row[Any], *, result: Result | None = None, queue_position: int | None = None) -> Run:
+    """`result`, `queue_position`: when the row does not carry them."""
     fields = row._mapping
     if result is None and fields.get("result") is not None:
         result = Result.model_validate_json(fields["result"])
@@ -85,7 +102,7 @@ def run_of(row: sa.Row[Any], *, result: Result | None = None) -> Run:
         outcome=_word(Outcome, fields["outcome"]),
         reason=_word(Reason, fields["reason"]),
         attempt=fields["attempt"],
-        queue_position=fields.get("queue_position"),
+        queue_position=fields.get("queue_position", queue_position),
         created_at=fields["created_at"],
         started_at=fields["started_at"],
         finished_at=fields["finished_at"],

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -75,6 +76,13 @@ def _sqlite_now(element: db_now, compiler: SQLCompiler, **kw: Any) -> str:
 @compiles(db_now, "postgresql")
 def _postgresql_now(element: db_now, compiler: SQLCompiler, **kw: Any) -> str:
     return "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)"
+
+
+class _WithIndexHints(SQLiteCompiler):
+    """SQLAlchemy renders `with_hint` for other databases, not for SQLite."""
+
+    def get_from_hint_text(self, table: sa.FromClause, text: str | None) -> str | None:
+        return text
 
 
 class Database:
@@ -156,6 +164,7 @@ class Database:
         engine = sa.create_engine(
             self.url, connect_args={"timeout": LOCK_TIMEOUT.total_seconds()}, pool_size=10, max_overflow=30
         )
+        engine.dialect.statement_compiler = _WithIndexHints
         synchronous = self._synchronous
 
         @event.listens_for(engine, "connect")

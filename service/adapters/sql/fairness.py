@@ -4,7 +4,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from service.adapters.sql.schema import run, tenant
+from service.adapters.sql.schema import indexed_by, run, tenant
 from service.core.run import ACTIVE, Phase
 
 _NEVER: sa.ColumnElement[Any] = sa.literal_column("0")
@@ -39,6 +39,7 @@ def _fairest(*, any_runtime: bool) -> sa.Select[tuple[str]]:
 
     # The tenants that have something to claim, each found by one probe of the index, however many runs they have.
     first = sa.select(next_.c.tenant).where(*claimable(next_)).order_by(next_.c.tenant).limit(1)
+    first = first.with_hint(next_, indexed_by("ix_run_claimable"), "sqlite")
     waiting = sa.select(first.scalar_subquery().label("name")).cte("waiting", recursive=True)
     following = first.where(next_.c.tenant > waiting.c.name).correlate(waiting).scalar_subquery()
     waiting = waiting.union_all(sa.select(following).where(waiting.c.name.is_not(None)))
@@ -60,7 +61,7 @@ def _fairest(*, any_runtime: bool) -> sa.Select[tuple[str]]:
         .limit(1)
     )
     oldest = sa.select(mine.c.id).where(*claimable(mine), mine.c.tenant == turn.scalar_subquery())
-    return oldest.order_by(mine.c.id).limit(1)
+    return oldest.order_by(mine.c.id).limit(1).with_hint(mine, indexed_by("ix_run_claimable"), "sqlite")
 
 
 # SKIP LOCKED: in PostgreSQL a run that is being cancelled this moment is passed over, not waited for.

@@ -13,7 +13,7 @@ from service.adapters.sql.documents import CHANGED, is_run_id, run_of
 from service.adapters.sql.engine import Span, db_now
 from service.adapters.sql.events import write_phase
 from service.adapters.sql.fairness import FAIREST, SOMETHING_TO_CLAIM, serialised
-from service.adapters.sql.schema import IS_QUEUED, NOT_KNOWN_GONE, run, run_input, tenant
+from service.adapters.sql.schema import IS_QUEUED, NOT_KNOWN_GONE, indexed_by, run, run_input, tenant
 from service.adapters.sql.transitions import (
     FINISH,
     FINISH_LOST,
@@ -78,6 +78,7 @@ _most = sa.bindparam("b_limit", type_=sa.Integer())
 _is_overdue = sa.and_(run.c.lease_until.is_not(None), run.c.lease_until < db_now())
 _overdue = sa.select(*_VIEW).where(_is_overdue).order_by(run.c.lease_until).limit(_most)
 _queued = sa.select(*_VIEW).where(sa.text(IS_QUEUED)).order_by(run.c.id).limit(_most)
+_queued = _queued.with_hint(run, indexed_by("ix_run_queue"), "sqlite")
 _undestroyed = (
     sa.select(*_VIEW)
     .where(

@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from service.adapters.sql.engine import db_now
-from service.adapters.sql.schema import outbox, relay_state
+from service.adapters.sql.schema import indexed_by, outbox, relay_state
 from service.adapters.sql.transitions import SqlPart
 from service.core.ports import OutboxRow
 
@@ -23,9 +23,8 @@ _UNSTAMPED = sa.text("pub_seq IS NULL AND NOT internal")
 _UNPUBLISHED = sa.text("pub_seq IS NOT NULL AND NOT published")
 _leads = sa.and_(relay_state.c.owner == sa.bindparam("b_owner"), relay_state.c.lease_until >= db_now())
 _leading = sa.select(relay_state.c.last_stamp).where(_leads).with_for_update()
-_next = (
-    sa.select(outbox.c.id, *_COLUMNS).where(_UNSTAMPED).order_by(outbox.c.id).limit(sa.bindparam("b_limit"))
-)  # fmt: skip
+_next = sa.select(outbox.c.id, *_COLUMNS).where(_UNSTAMPED).order_by(outbox.c.id).limit(sa.bindparam("b_limit"))
+_next = _next.with_hint(outbox, indexed_by("ix_outbox_unstamped"), "sqlite")
 _stamp = sa.update(outbox).where(outbox.c.id == sa.bindparam("b_id")).values(pub_seq=sa.bindparam("b_pub_seq"))
 
 

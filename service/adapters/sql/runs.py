@@ -1,11 +1,20 @@
 """Runs as their owners see them: submit, read, list, cancel, delete."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
-from service.adapters.sql.documents import SHOWN, bundle_text, head_text, is_run_id, run_of, scenario_text
+from service.adapters.sql.documents import (
+    LISTED,
+    POSITIONS,
+    SHOWN,
+    bundle_text,
+    head_text,
+    is_run_id,
+    run_of,
+    scenario_text,
+)
 from service.adapters.sql.engine import db_now
 from service.adapters.sql.events import write_phase
 from service.adapters.sql.idempotency import complete
@@ -95,7 +104,7 @@ class SqlRuns(SqlPart):
     def list_runs(
         self, tenant: str | None, *, phase: Phase | None, outcome: Outcome | None, limit: int, before: str | None
     ) -> Page:
-        wanted = SHOWN.where(_not_internal).order_by(run.c.id.desc()).limit(limit + 1)
+        wanted = LISTED.where(_not_internal).order_by(run.c.id.desc()).limit(limit + 1)
         if tenant is not None:
             wanted = wanted.where(run.c.tenant == tenant)
         if phase is not None:
@@ -106,7 +115,8 @@ class SqlRuns(SqlPart):
             wanted = wanted.where(run.c.id < before)
         with self._db.read() as connection:
             rows = connection.execute(wanted).all()
-        items = tuple(run_of(row) for row in rows[:limit])
+            positions = _positions(connection, rows[:limit])
+        items = tuple(run_of(row, queue_position=positions.get(row.id)) for row in rows[:limit])
         return Page(items=items, next_before=items[-1].id if items and len(rows) > limit else None)
 
     def request_cancel(self, run_id: str, tenant: str | None, *, by: str) -> Run:
@@ -147,6 +157,16 @@ class SqlRuns(SqlPart):
                 going_on = sa.select(run.c.id).where(run.c.id.in_(some), run.c.phase != Phase.FINISHED.value)
                 unfinished.update(connection.scalars(going_on))
         return asked - unfinished
+
+
+def _positions(connection: sa.Connection, rows: Sequence[sa.Row[Any]]) -> dict[str, int]:
+    """Where the queued ones among the rows stand; one that was claimed since the rows were read has no place."""
+    queued = [row for row in rows if row.phase == Phase.QUEUED.value]
+    if not queued:
+        return {}
+    ids = [row.id for row in queued]
+    asked = {"b_boundaries": sorted({row.boundary for row in queued}), "b_newest": max(ids), "b_run_ids": ids}
+    return {row.id: row.position for row in connection.execute(POSITIONS, asked)}
 
 
 def _owner(connection: sa.Connection, run_id: str, tenant: str | None) -> str:

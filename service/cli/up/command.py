@@ -1,4 +1,4 @@
-"""The command: check, start in order, say when it is ready, watch, stop in order."""
+"""What the command does: check, start in order, say when it is ready, watch, stop in order."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.text import Text
@@ -30,39 +30,14 @@ from service.settings import Settings
 
 READY_WITHIN_S = 60.0
 RUNS_MAY_END_S = 5.0
-DEFAULT_PORT = 8700
 
 
 class NotReady(Exception):
     """Something did not come up; the message has the end of its log."""
 
 
-def up(
-    state: Annotated[
-        Path | None,
-        typer.Option("--state", metavar="DIR", help="State directory [default: blastdoor in the XDG state home]"),
-    ] = None,
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="Of the API; 0 picks a free one.")
-    ] = DEFAULT_PORT,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one line of JSON when ready, and nothing else.")
-    ] = False,
-) -> None:
-    """Run everything on this machine, in the foreground, until Ctrl-C.
-
-    API, worker, relay, reaper, a Redis of its own and an SQLite database in one state directory, all on loopback. It
-    prints the address and a tenant's key; the other commands find both by themselves. It needs root: sandboxes are
-    built from namespaces, mounts and cgroups. Other settings: BLASTDOOR_... in the environment.
-
-    [bold]Examples[/bold]
-
-      sudo blastdoor up
-
-      sudo blastdoor up --state /srv/blastdoor --port 9000
-
-      sudo blastdoor up --json | head -1 | jq -r .tenant_key
-    """
+def run_everything(*, state: Path | None, port: int, as_json: bool) -> None:
+    """Until a signal asks for the end. Raises typer.Exit with the exit code."""
     try:
         check_machine()
         directory = open_state(state or default_state_dir())
@@ -254,8 +229,10 @@ def _capabilities(client: Client) -> Document:
 
 def _stop(plan: Plan, children: Mapping[str, Child], interrupts: Interrupts) -> None:
     """The worker first, so that its runs end while everything that records it is still there; then the reaper, whose
-    last sweep finds what that left; then the rest. Another signal hurries it."""
+    last sweep finds what that left; then the rest. Another signal hurries it. The client file goes first: whoever
+    listens on that port next must not be sent its keys."""
     asked = interrupts.count
+    (plan.state.path / CLIENT_FILE).unlink(missing_ok=True)
     if children:
         _say("stopping")
 

@@ -1,7 +1,7 @@
 """The database of one `up`: its schema, its first tenant, this start's keys, and the runs that must end with it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from service.adapters.sql_store import SqlStore
@@ -77,11 +77,8 @@ def remove_runtime_directory(settings: Settings) -> None:
     """This installation's place for live boundaries, when none is left in it."""
     with _store(settings) as store:
         home = settings.runtime_dir / store.installation_id()
-    for directory in (home, settings.runtime_dir):
-        try:
-            directory.rmdir()
-        except OSError:  # absent, or somebody's boundaries are in it
-            return
+    with suppress(OSError):  # absent, or something resists in it, and the next start's reaper goes on
+        home.rmdir()
 
 
 def cancel_what_runs(settings: Settings) -> Iterator[str]:

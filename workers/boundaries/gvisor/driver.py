@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+import structlog
+
 from service.core.boundary import BoundaryKind, BoundaryRef, BoundarySpec, Cancellation, Capabilities, Sandbox
 from service.core.errors import NotYetDestroyed, ProvisionFailed
 from workers.boundaries.gvisor.cgroups import CgroupTree, Group
@@ -27,6 +29,8 @@ from workers.boundaries.gvisor.sandbox import GvisorSandbox
 from workers.boundaries.gvisor.supervision import Supervised, Supervisors
 from workers.proc import ProcessFailed
 from workers.runtimes.store import RuntimeStore, RuntimeUnknown
+
+log = structlog.get_logger()
 
 _READY_S = 30.0
 _CLEAR_S = 5.0
@@ -134,20 +138,21 @@ class GvisorBoundary:
                 if isinstance(error, OSError):
                     raise ProvisionFailed(f"the sandbox could not be made: {error}") from error
                 raise
-            stack.callback(supervised.end, timeout_s=_CLEAR_S)
+            stack.callback(_end_sandbox, supervised, ref)
             yield sandbox
 
     def discover(self) -> Iterator[BoundaryRef]:
-        """From directories, cgroups and mounts; each name once."""
+        """From directories, cgroups and mounts; each name once. The label is made first and so is looked for last: what
+        has none then has really lost it."""
+        names = {
+            name.removeprefix(self._places.group_prefix) for name in self._cgroups.names(self._places.group_prefix)
+        }
+        names |= {point.parent.name for point in mount_points() if point.parent.parent == self._places.home}
         seen: set[str] = set()
         for ref in self._places.labels():
             if ref.name not in seen:
                 seen.add(ref.name)
                 yield ref
-        names = {
-            name.removeprefix(self._places.group_prefix) for name in self._cgroups.names(self._places.group_prefix)
-        }
-        names |= {point.parent.name for point in mount_points() if point.parent.parent == self._places.home}
         for name in sorted(names - seen):
             if self._places.is_name(name):
                 yield self._places.unlabelled(name)
@@ -262,6 +267,12 @@ def _make_guest_directories(fs_fd: int) -> None:
     os.chown("work", GUEST_UID, GUEST_UID, dir_fd=fs_fd)
     os.mkdir("tmp", dir_fd=fs_fd)
     os.chmod("tmp", 0o1777, dir_fd=fs_fd)  # noqa: S103 - as any /tmp; in a directory that only root can pass
+
+
+def _end_sandbox(supervised: Supervised, ref: BoundaryRef) -> None:
+    """Leave nothing running, and say how long runsc was there: what a run cost beside it is ours (`make bench`)."""
+    gone = supervised.end(timeout_s=_CLEAR_S)
+    log.info("sandbox_ended", run_id=ref.run_id, fence=ref.fence, why=gone.why, runsc_lived=gone.lived)
 
 
 def _wait_ready(supervised: Supervised, cancelled: Cancellation) -> None:

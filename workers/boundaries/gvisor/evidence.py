@@ -4,9 +4,9 @@ intention read back.
     runtime, runtime_sha256   the bytes of /proc/<sandbox pid>/exe: the program that runs, not the one configured
     runtime_version           what that same file says when asked (`--version`), remembered by its identity
     platform                  the running sandbox's own command line, /proc/<pid>/cmdline
-    network                   the interfaces in the sandbox's network namespace, /proc/<pid>/net/dev
+    network                   the sandbox's network namespace, /proc/<pid>/ns/net, and the interfaces in it, net/dev
     limits                    the run's cgroup files, and statfs of its tmpfs
-    uid                       the sentry's process list, of a step's process while it ran
+    uid                       the sentry's process list, of a step's process while it ran, else of one started alike
 """
 
 import hashlib
@@ -65,7 +65,7 @@ def observe_sandbox(pids: Iterable[int]) -> SandboxFacts | None:
                 pid=pid,
                 binary=identify(f"/proc/{pid}/exe"),
                 platform=_platform(words),
-                network=_network(Path(f"/proc/{pid}/net/dev").read_text()),
+                network=_network(pid),
             )
         except (OSError, ProcessFailed):
             continue  # it ended while we looked
@@ -77,7 +77,10 @@ def _platform(words: list[bytes]) -> str | None:
     return flags[-1].decode("ascii", "replace") if flags else None
 
 
-def _network(table: str) -> str:
-    """ "none" only when nothing but the loopback device exists there."""
+def _network(pid: int) -> str:
+    """ "none" only when the namespace is not ours, and nothing but the loopback device exists there."""
+    if os.readlink(f"/proc/{pid}/ns/net") == os.readlink("/proc/self/ns/net"):
+        return "host"
+    table = Path(f"/proc/{pid}/net/dev").read_text()
     devices = [line.partition(":")[0].strip() for line in table.splitlines() if ":" in line]
     return "none" if set(devices) <= {"lo"} else "devices: " + ", ".join(sorted(devices))

@@ -75,6 +75,13 @@ class Place:
         return self.directory.exists() or self.unlabelled.exists()
 
 
+def _label(directory: Path) -> BoundaryRef | None:
+    try:
+        return BoundaryRef.model_validate_json((directory / _REF).read_text())
+    except (OSError, ValidationError):
+        return None
+
+
 def _remove_flat(directory: Path) -> None:
     if directory.is_dir():
         for entry in os.scandir(directory):
@@ -115,14 +122,9 @@ class Places:
         if not self.home.is_dir():
             return
         for entry in sorted(os.scandir(self.home), key=lambda found: found.name):
-            if not _NAME.match(entry.name.removeprefix(".")):
-                continue
-            try:
-                text = (Path(entry.path) / _REF).read_text()
-                ref = BoundaryRef.model_validate_json(text)
-            except (OSError, ValidationError):
-                ref = self.unlabelled(entry.name.removeprefix("."))
-            yield ref
+            name = entry.name.removeprefix(".")
+            if _NAME.match(name):  # the directory may have got its name since it was listed
+                yield _label(Path(entry.path)) or _label(self.home / name) or self.unlabelled(name)
 
     def unlabelled(self, name: str) -> BoundaryRef:
         """What a name alone says; long expired, so that whoever reaps takes it."""

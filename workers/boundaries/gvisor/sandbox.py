@@ -107,6 +107,8 @@ class GvisorSandbox:
         facts = self._facts
         if facts is None:
             raise BoundaryLost("the sandbox ended before it could be observed")
+        if self._guest.uid is None and self._guest.alive and not self._collected:
+            self._guest.observe_uid()
         space = os.fstatvfs(self._fs_fd)
         try:
             limits = self._group.limits()

@@ -95,6 +95,17 @@ class Guest:
             hit.add(Limit.FILES)
         return hit
 
+    def observe_uid(self) -> None:
+        """The steps were too short to be seen in the sentry's list: start what lives on, just as a step is started,
+        and look at that. It ends with the sandbox."""
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            with suppress(ControlLost, ControlRefused), Connection(self.runsc_root_fd) as control:
+                pid = control.execute([str(INIT_AT)], env={}, cwd="/", fds=(null, null, null))
+                self.uid = next((process.uid for process in control.processes() if process.pid == pid), None)
+        finally:
+            os.close(null)
+
     def why_dead(self) -> tuple[Ended, frozenset[Limit], str]:
         """The sandbox has died under us. The host's own counters explain it, or nothing does."""
         self.end()

@@ -22,12 +22,14 @@ _START_S = 10.0
 @dataclass(frozen=True)
 class Gone:
     """Everything in the run's cgroups has ended, but `left`. `status` is the raw wait status of runsc, None when it
-    was never seen; `why` is exited, asked, deadline or worker gone."""
+    was never seen; `why` is exited, asked, deadline or worker gone; `lived` is when runsc was started and seen to be
+    gone with all it held, in seconds of the host's monotonic clock."""
 
     why: str
     status: int | None
     stderr: str
     left: tuple[int, ...] = ()
+    lived: tuple[float, float] | None = None
 
 
 class Supervised:
@@ -78,7 +80,13 @@ class Supervised:
         self.ready = self.ready or bool(message.get("ready"))
         if "gone" in message:
             said = message["gone"]
-            self.gone = Gone(why=said["why"], status=said["status"], stderr=said["stderr"], left=tuple(said["left"]))
+            self.gone = Gone(
+                why=said["why"],
+                status=said["status"],
+                stderr=said["stderr"],
+                left=tuple(said["left"]),
+                lived=tuple(said["lived"]),
+            )
 
 
 class Supervisors:

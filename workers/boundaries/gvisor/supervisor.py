@@ -10,7 +10,8 @@ when the deadline is over (the worker hangs), when it is asked to, or when the s
 killed, sees the cgroups empty, and only then says "gone".
 
 Messages, JSON, one a packet. To it: the specification (`Launch` below), later `{"end": true}`. From it:
-`{"started": pid}`, `{"ready": true}`, and last `{"gone": {"why", "status", "stderr", "left"}}`.
+`{"started": pid}`, `{"ready": true}`, and last `{"gone": {"why", "status", "lived", "stderr", "left"}}`
+(`lived`: when runsc was started and seen to be gone with all it held, monotonic seconds).
 """
 
 import ctypes
@@ -62,15 +63,18 @@ def end_group(groups: list[str], *, deadline: float, reap: Callable[[], None]) -
     """SIGKILL everything in the cgroups until they are empty. -> what is left at `deadline` (monotonic), else nothing.
 
     Killing by cgroup reaches children that were born meanwhile. The sandbox's own processes are all parented by the
-    sentry, so one pass is usually enough; something that still forks is first denied forking.
+    sentry, so one pass is usually enough; something that still forks is first denied forking. When all is over the
+    limit on tasks is as it was: it is evidence of what the run was held to.
     """
     insist_at = time.monotonic() + _INSIST_S
-    insisted = False
+    denied: dict[str, str] = {}
     for group in groups:
         _write(f"{group}/cgroup.kill", "1")  # cgroup v2
     while True:
         left = members(groups)
         if not left:
+            for path, before in denied.items():
+                _write(path, before)
             return left
         for pid in left - {0}:
             try:
@@ -81,11 +85,23 @@ def end_group(groups: list[str], *, deadline: float, reap: Callable[[], None]) -
         now = time.monotonic()
         if now > deadline:
             return members(groups)
-        if now > insist_at and not insisted:
-            insisted = True
-            for group in groups:
-                _write(f"{group}/pids.max", "0")
+        if now > insist_at and not denied:
+            denied = _deny_forks(groups)
         time.sleep(0.0005)
+
+
+def _deny_forks(groups: list[str]) -> dict[str, str]:
+    """-> what each limit on tasks was before, by its file."""
+    before: dict[str, str] = {}
+    for group in groups:
+        path = f"{group}/pids.max"
+        try:
+            with open(path) as file:
+                before[path] = file.read().strip()
+        except OSError:
+            continue  # another controller's group, or already removed
+        _write(path, "0")
+    return before
 
 
 def _write(path: str, text: str) -> None:
@@ -114,6 +130,7 @@ class Supervisor:
         ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
         error_read, error_write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(error_read, False)
+        started_at = time.monotonic()
         self._pid = _fork_into(self._launch, stdout=ready_write, stderr=error_write)
         os.close(ready_write)
         os.close(error_write)
@@ -121,8 +138,9 @@ class Supervisor:
         why = self._watch(wake_read, ready_read, error_read)
         left = end_group(self._launch["groups"], deadline=time.monotonic() + _END_S, reap=self._reap)
         self._reap_rest()
+        lived = [started_at, time.monotonic()]
         self._read_stderr(error_read)
-        gone = {"why": why, "status": self._status, "left": sorted(left)}
+        gone = {"why": why, "status": self._status, "lived": lived, "left": sorted(left)}
         self._say({"gone": gone | {"stderr": self._stderr.decode("utf-8", "replace")}})
 
     def _watch(self, wake: int, ready: int, error: int) -> str:

@@ -1,0 +1,320 @@
+"""The commands as a shell sees them: what they print, on which stream, and with which exit code they end."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from typer.testing import CliRunner, Result
+
+from service.cli.main import make_app
+
+NASTY_OUTPUT = "first\n" * 40 + '{"total": 200}\n\x1b]0;owned\x07passed\n'
+ID = "run_0192f0c1d2e37a4b8c9d0e1f2a3b4c5d"
+FAILED: dict[str, Any] = {
+    "id": ID,
+    "tenant": "demo",
+    "metadata": {},
+    "scenario": {"name": "discount rules", "digest": "sha256:0"},
+    "bundle": {"digest": "sha256:1", "bytes": 1234, "files": 4},
+    "controls": {},
+    "phase": "finished",
+    "outcome": "failed",
+    "reason": "expectation",
+    "message": "step 2: stdout.json.total: expected 180, got 200",
+    "attempt": 1,
+    "queue_position": None,
+    "created_at": "2026-01-02T03:04:05Z",
+    "started_at": "2026-01-02T03:04:05Z",
+    "finished_at": "2026-01-02T03:04:06Z",
+    "boundary_destroyed_at": "2026-01-02T03:04:06Z",
+    "placement": {
+        "boundary": "gvisor",
+        "guarantees": {"kernel": "sandboxed", "nodes": "shared", "control_plane": "isolated"},
+        "requirements": {"kernel": "sandboxed"},
+        "why": ["tenant demo is untrusted: kernel >= sandboxed"],
+        "rejected": [],
+        "policy": "sha256:2",
+    },
+    "steps": [
+        {
+            "n": 1, "name": "build", "outcome": "passed", "exit_code": 0, "signal": None, "duration_s": 0.41,
+            "cpu_s": 0.3,
+            "stdout": {"text": "made", "bytes": 4, "truncated": False},
+            "stderr": {"text": "", "bytes": 0, "truncated": False}, "failures": [],
+        },
+        {
+            "n": 2, "name": "vip", "outcome": "failed", "exit_code": None, "signal": 11, "duration_s": 1.5,
+            "cpu_s": 0.3, "stdout": {"text": NASTY_OUTPUT, "bytes": 270, "truncated": False},
+            "stderr": {"text": "", "bytes": 0, "truncated": False},
+            "failures": [{"expectation": "stdout.json.total", "expected": 180, "actual": 200}],
+        },
+    ],
+    "usage": {"wall_s": 1.9, "cpu_s": 0.5, "peak_memory_bytes": 31457280},
+    "artifacts": [{"path": "out/report.json", "bytes": 88, "sha256": "0"}],
+    "skipped_artifacts": [{"path": "out/l", "why": "symlink"}],
+    "evidence": {
+        "runtime": "runsc", "runtime_version": "20240729.0", "runtime_sha256": "0", "platform": "systrap",
+        "network": "none",
+        "limits": {"memory_bytes": 268435456, "pids": 128}, "uid": 65532, "observed_at": "2026-01-02T03:04:06Z",
+    },
+}  # fmt: skip
+PASSED = {**FAILED, "outcome": "passed", "reason": None, "message": None, "steps": FAILED["steps"][:1]}
+Answer = Callable[[httpx.Request], httpx.Response]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "scenario.yaml").write_text("name: x")
+    return tmp_path / "code"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [("passed", 0), ("failed", 1), ("timed_out", 1), ("limit_exceeded", 1), ("cancelled", 1), ("errored", 3)],
+)
+def test_the_outcome_is_the_exit_code(bundle: Path, outcome: str, code: int) -> None:
+    result = _invoke("run", str(bundle), answer=_service({**FAILED, "outcome": outcome}))
+    assert result.exit_code == code
+
+
+def test_a_run_is_summed_up_with_what_failed_and_the_wall_it_ran_in(bundle: Path) -> None:
+    shown = _invoke("run", str(bundle), answer=_service(FAILED)).stdout
+    for words in (
+        "failed discount rules", ID, "expectation: step 2: stdout.json.total: expected 180, got 200", "signal 11",
+        "1.50 s", "expected 180", "got 200", '| {"total": 200}', "gvisor: kernel sandboxed", "control plane isolated",
+        "tenant demo is untrusted: kernel >= sandboxed", "runsc 20240729.0", "memory <= 256.0 MiB", "uid 65532",
+        "out/report.json (88 B)", "out/l: symlink",
+    ):  # fmt: skip
+        assert words in " ".join(shown.split()), words
+    assert all(line == line.rstrip() for line in shown.splitlines())
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_what_the_guest_printed_neither_moves_the_cursor_nor_looks_like_ours(bundle: Path) -> None:
+    shown = _invoke("run", str(bundle), answer=_service(FAILED)).stdout
+    assert "\x1b" not in shown
+    assert "\x07" not in shown
+    assert r"  | \x1b]0;owned\x07passed" in shown
+    assert shown.count("| first") < 12
+
+
+def test_progress_and_result_are_on_different_streams(bundle: Path) -> None:
+    result = _invoke("run", str(bundle), answer=_service(PASSED, before=({**PASSED, "phase": "running"},)))
+    assert "playing the scenario" in result.stderr
+    assert "playing the scenario" not in result.stdout
+    assert "passed" in result.stdout
+
+
+def test_json_is_the_finished_run_on_one_line_and_nothing_else(bundle: Path) -> None:
+    result = _invoke("run", str(bundle), "--json", answer=_service(FAILED))
+    assert json.loads(result.stdout) == FAILED
+    assert result.stdout.count("\n") == 1
+    assert (result.stderr, result.exit_code) == ("", 1)
+
+
+def test_a_refusal_says_every_place_that_is_wrong(bundle: Path) -> None:
+    errors = [{"path": "steps.0.run", "message": "should name a program"}, {"path": "name", "message": "is required"}]
+    refusal = _problem(422, "scenario_invalid", errors=errors)
+    result = _invoke("run", str(bundle), answer=lambda request: refusal)
+    assert result.exit_code == 2
+    assert "steps.0.run: should name a program" in result.stderr
+    assert "name: is required" in result.stderr
+    as_json = _invoke("run", str(bundle), "--json", answer=lambda request: refusal)
+    assert json.loads(as_json.stdout)["code"] == "scenario_invalid"
+
+
+def test_a_wall_that_cannot_be_built_is_a_refusal_that_names_what_is_missing(bundle: Path) -> None:
+    candidates = [{"boundary": "gvisor", "missing": "control plane >= dedicated"}]
+    result = _invoke("run", str(bundle), answer=lambda _: _problem(422, "placement_refused", candidates=candidates))
+    assert result.exit_code == 2
+    assert "gvisor lacks control plane >= dedicated" in result.stderr
+
+
+@pytest.mark.parametrize("status", [500, 503, 507])
+def test_the_platform_s_own_failure_is_3(bundle: Path, status: int) -> None:
+    assert _invoke("run", str(bundle), answer=lambda _: _problem(status, "internal")).exit_code == 3
+
+
+def test_a_service_that_does_not_answer_is_3(bundle: Path) -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("connection refused", request=request)
+
+    result = _invoke("run", str(bundle), answer=refuse)
+    assert result.exit_code == 3
+    assert "does not answer: connection refused" in result.stderr
+
+
+def test_without_any_service_known_it_says_how_to_start_one(bundle: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(make_app(), ["run", str(bundle), "--state", str(tmp_path)], env=_NO_SERVICE)
+    assert result.exit_code == 3
+    assert "blastdoor up" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run"], ["run", "/nonexistent"], ["run", ".", "--metadata", "x"], ["runs", "--limit", "0"], ["nonsense"],
+     ["tenants", "add", "acme", "--storage", "lots"], ["tenants", "update", "acme"], ["runs", "show"],
+     ["runs", "--json", "show", ID], ["tenants", "--key", "x", "list"]],
+)  # fmt: skip
+def test_bad_usage_is_2(arguments: list[str]) -> None:
+    assert _invoke(*arguments, answer=lambda _: pytest.fail("something was sent")).exit_code == 2
+
+
+def test_an_interrupt_cancels_the_run_and_says_how_it_ended(bundle: Path) -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(f"{request.method} {request.url.path.removeprefix('/v1/runs')}")
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        finished = len(asked) > 3
+        return httpx.Response(
+            200, json={**FAILED, "outcome": "cancelled"} if finished else {**FAILED, "phase": "running"}
+        )
+
+    result = _invoke("run", str(bundle), answer=answer)
+    assert asked == ["POST ", f"GET /{ID}", f"POST /{ID}/cancel", f"GET /{ID}"]
+    assert result.exit_code == 1
+    assert "cancelled" in result.stdout
+
+
+def test_runs_are_a_table_within_eighty_columns() -> None:
+    name = "a scenario with a rather long name, in which [bold]markup[/bold] and \x1b[31mcolour\x1b[0m are text"
+    items = [{**FAILED, "scenario": {"name": name, "digest": ""}}, {**FAILED, "phase": "running", "outcome": None}]
+    result = _invoke("runs", answer=lambda _: httpx.Response(200, json={"items": items, "next_cursor": "abc"}))
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert ID in result.stdout
+    assert "running" in result.stdout
+    assert "--cursor abc" in result.stdout
+    assert "[bold]" in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_what_is_asked_of_the_list_reaches_the_service() -> None:
+    asked: list[httpx.QueryParams] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.params)
+        return httpx.Response(200, json={"items": [], "next_cursor": None})
+
+    result = _invoke("runs", "--outcome", "failed", "--limit", "5", answer=answer)
+    assert dict(asked[0]) == {"outcome": "failed", "limit": "5"}
+    assert result.stdout == "no runs\n"
+
+
+def test_one_run_can_be_shown_and_cancelled() -> None:
+    assert "discount rules" in _invoke("runs", "show", ID, answer=_service(FAILED)).stdout
+    running = {**FAILED, "phase": "running", "outcome": None}
+    shown = _invoke("runs", "cancel", ID, answer=lambda _: httpx.Response(202, json=running))
+    assert shown.stdout == f"{ID} is being cancelled\n"
+    assert _invoke("runs", "show", ID, answer=lambda _: _problem(404, "not_found")).exit_code == 2
+
+
+def test_a_tenant_is_added_with_its_quota_and_ceilings_and_its_key_stands_alone_on_a_line() -> None:
+    sent: list[Any] = []
+    key = "bd_t_" + "k" * 43
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(json.loads(request.content))
+        return httpx.Response(201, json={"tenant": _tenant("acme"), "key": key})
+
+    result = _invoke(
+        "tenants", "add", "acme", "--concurrent", "4", "--storage", "2GiB", "--ceiling", "memory=512MiB",
+        "--ceiling", "cpu=1.5", "--ceiling", "pids=64", answer=answer,
+    )  # fmt: skip
+    assert sent == [
+        {
+            "name": "acme",
+            "trust": "untrusted",
+            "quota": {"concurrent": 4, "storage_bytes": 2**31},
+            "ceilings": {"limits": {"memory": "512MiB", "cpu": 1.5, "pids": 64}},
+        }
+    ]
+    assert key in result.stdout.splitlines()
+
+
+def test_tenants_are_listed_changed_and_deleted() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append((request.method, request.url.path))
+        if request.method == "DELETE":
+            return httpx.Response(204)
+        page = {"items": [_tenant("acme")], "next_cursor": None}
+        return httpx.Response(200, json=page if request.url.path.endswith("tenants") else _tenant("acme"))
+
+    assert "acme" in _invoke("tenants", answer=answer).stdout
+    assert "acme" in _invoke("tenants", "list", answer=answer).stdout
+    assert "2 at once" in _invoke("tenants", "show", "acme", answer=answer).stdout
+    assert _invoke("tenants", "update", "acme", "--trust", "trusted", answer=answer).exit_code == 0
+    assert _invoke("tenants", "delete", "acme", "--yes", answer=answer).stdout == "deleted acme\n"
+    assert _invoke("tenants", "keys", "revoke", "acme", "key_1", answer=answer).stdout == "revoked key_1\n"
+    base = "/v1/admin/tenants"
+    assert asked == [
+        ("GET", base), ("GET", base), ("GET", f"{base}/acme"), ("PATCH", f"{base}/acme"), ("DELETE", f"{base}/acme"),
+        ("DELETE", f"{base}/acme/keys/key_1"),
+    ]  # fmt: skip
+
+
+def test_deleting_asks_first() -> None:
+    result = _invoke("tenants", "delete", "acme", answer=lambda _: pytest.fail("something was sent"))
+    assert result.exit_code != 0
+
+
+def test_keys_and_services_are_made() -> None:
+    made = httpx.Response(201, json={"id": "svc_1", "key": "bd_s_1", "key_id": "key_1", "name": "shop"})
+    assert "bd_s_1" in _invoke("services", "add", "shop", answer=lambda _: made).stdout.splitlines()
+    assert (
+        json.loads(_invoke("tenants", "keys", "add", "acme", "--json", answer=lambda _: made).stdout)["id"] == "svc_1"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["run"], ["runs"], ["tenants"], ["tenants", "add"], ["services"], ["services", "add"], ["up"]]
+)
+def test_every_command_explains_itself(arguments: list[str]) -> None:
+    result = CliRunner().invoke(make_app(), [*arguments, "--help"])
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout
+
+
+_NO_SERVICE = {"BLASTDOOR_URL": "", "BLASTDOOR_KEY": "", "BLASTDOOR_STATE_DIR": ""}
+_AT = {"BLASTDOOR_URL": "http://127.0.0.1:1", "BLASTDOOR_KEY": "bd_a_x"}
+
+
+def _invoke(*arguments: str, answer: Answer) -> Result:
+    return CliRunner().invoke(make_app(), list(arguments), obj=httpx.MockTransport(answer), env=_AT)
+
+
+def _service(finished: dict[str, Any], *, before: tuple[dict[str, Any], ...] = ()) -> Answer:
+    states = [*before, finished]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            return httpx.Response(202, json={**finished, "phase": "queued", "outcome": None, "queue_position": 1})
+        return httpx.Response(200, json=states.pop(0) if len(states) > 1 else states[0])
+
+    return answer
+
+
+def _problem(status: int, code: str, **more: object) -> httpx.Response:
+    document = {"type": "about:blank", "title": "t", "status": status, "detail": "the detail", "code": code, **more}
+    return httpx.Response(status, json=document)
+
+
+def _tenant(name: str) -> dict[str, Any]:
+    quota = {"concurrent": 2, "queued": 100, "storage_bytes": 2**30}
+    ceilings = {"limits": {"memory": 2**29, "cpu": None}}
+    return {
+        "name": name,
+        "trust": "untrusted",
+        "affinity": None,
+        "quota": quota,
+        "ceilings": ceilings,
+        "service_id": None,
+    }
