@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import NotInstalled, PostgresServer, RedisServer, run_postgres, run_redis
+from tests.stack import NoStack, Stack, run_stack
 from tests.summary import ran
 
 pytest_plugins = ["pytester", "tests.ground_rules"]
@@ -46,3 +47,20 @@ def sqlite_database(tmp_path: Path) -> str:
     """The SQLAlchemy URL of a file that does not exist yet."""
     ran("database", f"sqlite {sqlite3.sqlite_version}")
     return f"sqlite:///{tmp_path / 'blastdoor.sqlite3'}"
+
+
+@pytest.fixture(scope="session")
+def running_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """One real `blastdoor up` for the session; when it has stopped and anything is left of it, the session fails."""
+    try:
+        with run_stack(tmp_path_factory.mktemp("stack")) as stack:
+            yield stack
+    except NoStack as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture
+def stack(running_stack: Stack) -> Stack:
+    ran("boundary", "gvisor")
+    ran("database", f"sqlite {sqlite3.sqlite_version}")
+    return running_stack

@@ -17,6 +17,7 @@ from service.api.slots import UploadSlots
 from service.core.placement import Policy
 from service.core.ports import Blobs, Doorbell, Hints, RunStore, TenantStore, WorkerStore
 from service.intake.archive import ArchiveCaps
+from service.usecases.bundles import Bundles
 from service.usecases.submit import Submitting
 
 P = ParamSpec("P")
@@ -65,8 +66,9 @@ class Context:
 
     def __init__(self, deps: Deps) -> None:
         self.deps = deps
+        self.bundles = Bundles(deps.blobs)
         self.submitting = Submitting(
-            runs=deps.runs, tenants=deps.tenants, workers=deps.workers, blobs=deps.blobs, hints=deps.hints,
+            runs=deps.runs, tenants=deps.tenants, workers=deps.workers, bundles=self.bundles, hints=deps.hints,
             doorbell=deps.doorbell, policy=deps.policy, archive_caps=deps.archive_caps,
             worker_fresh=deps.bounds.worker_fresh,
         )  # fmt: skip

@@ -92,12 +92,12 @@ async def list_runs(
     limit: Annotated[int, Query(ge=1, le=fetch.MAX_PAGE)] = 20,
     cursor: Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before")] = None,
 ) -> Response:
-    """Newest first."""
-    page, next_cursor = await context.store(
+    """Newest first. A page may have fewer runs than `limit`; `next_cursor` says whether there are more."""
+    items, next_cursor = await context.store(
         fetch.list_runs, context.deps.runs, tenant=caller.tenant, phase=phase, outcome=outcome, limit=limit,
         cursor=cursor,
     )  # fmt: skip
-    shown = RunPage.model_construct(items=list(page.items), next_cursor=next_cursor)
+    shown = RunPage.model_construct(items=list(items), next_cursor=next_cursor)
     return Response(shown.model_dump_json(), media_type="application/json")
 
 
@@ -163,4 +163,4 @@ async def cancel_run(context: InContext, caller: ACaller, run_id: str) -> RunAns
 async def delete_run(context: InContext, caller: ACaller, run_id: str) -> None:
     """Its record, output and artifacts."""
     deps = context.deps
-    await context.store(cancel.delete_run, deps.runs, blobs=deps.blobs, run_id=run_id, tenant=caller.tenant)
+    await context.store(cancel.delete_run, deps.runs, bundles=context.bundles, run_id=run_id, tenant=caller.tenant)

@@ -1,12 +1,12 @@
 """Facts that leave: CloudEvents 1.0 made in the transaction that makes them true."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from service.core.run import Run
+from service.core.run import Run, StepResult
 
 STREAM = "blastdoor:events"
 MAX_DATA_BYTES = 20_000
@@ -60,37 +60,50 @@ def phase_data(run: Run, *, fence: int) -> dict[str, Any]:
 
 def finished_data(run: Run) -> dict[str, Any]:
     """`data` of `.finished`: the run without step output, under 20 kB. Lists are cut from the end and counted in
-    `omitted`; phase, outcome, reason, usage, evidence and metadata never are."""
-    shown = run.model_dump(mode="json")
-    for step in shown["steps"]:
-        for stream in ("stdout", "stderr"):
-            del step[stream]["text"]
-    omitted = {"steps": 0, "artifacts": 0, "failures": 0}
-    shown["omitted"] = omitted
+    `omitted`; phase, outcome, reason, usage, evidence and metadata never are.
+
+    What there is room for goes in by this order: steps, artifacts, skipped artifacts, the steps' failures. Nothing is
+    turned into JSON that does not go in, or this would take longer than the run.
+    """
+    shown = run.model_dump(mode="json", exclude={"steps", "artifacts", "skipped_artifacts"})
     shown["message"] = (shown["message"] or "")[:1000] or None
-    while json_size(shown) > _BUDGET:
-        if failing := [step for step in shown["steps"] if step["failures"]]:
-            cut = failing[-1]["failures"]
-            omitted["failures"] += len(cut) - len(cut) // 2
-            del cut[len(cut) // 2 :]
-        elif shown["skipped_artifacts"]:
-            omitted["artifacts"] += _halve(shown["skipped_artifacts"])
-        elif shown["artifacts"]:
-            omitted["artifacts"] += _halve(shown["artifacts"])
-        elif shown["steps"]:
-            omitted["steps"] += _halve(shown["steps"])
-        elif shown["placement"]["rejected"]:
-            _halve(shown["placement"]["rejected"])
-        else:
-            shown["controls"] = {}
-            break
+    omitted = {"steps": 0, "artifacts": 0, "failures": 0}
+    shown |= {"steps": [], "artifacts": [], "skipped_artifacts": [], "omitted": omitted}
+    if json_size(shown) > _BUDGET:
+        shown["placement"]["rejected"] = []
+    if json_size(shown) > _BUDGET:
+        shown["controls"] = {}
+    left = _BUDGET - json_size(shown)
+    left, omitted["steps"] = _fill(shown["steps"], (_shown_step(step) for step in run.steps), len(run.steps), left)
+    for name in ("artifacts", "skipped_artifacts"):
+        found = getattr(run, name)
+        left, cut = _fill(shown[name], (row.model_dump(mode="json") for row in found), len(found), left)
+        omitted["artifacts"] += cut
+    for step, row in zip(run.steps, shown["steps"], strict=False):
+        found = (failure.model_dump(mode="json") for failure in step.failures)
+        left, cut = _fill(row["failures"], found, len(step.failures), left)
+        omitted["failures"] += cut
+    omitted["failures"] += sum(len(step.failures) for step in run.steps[len(shown["steps"]) :])
     return shown
 
 
-def _halve(rows: list[Any]) -> int:
-    cut = len(rows) - len(rows) // 2
-    del rows[len(rows) // 2 :]
-    return cut
+def _shown_step(step: StepResult) -> dict[str, Any]:
+    """Without output, and its failures not yet in."""
+    return step.model_dump(mode="json", exclude={"stdout": {"text"}, "stderr": {"text"}, "failures": True}) | {
+        "failures": []
+    }
+
+
+def _fill(rows: list[Any], more: Iterable[Any], count: int, left: int) -> tuple[int, int]:
+    """Put in rows from the front while there is room. -> (bytes left, how many of `count` were left out); once one did
+    not fit there is no room for anything else."""
+    for row in more:
+        size = json_size(row) + 1
+        if size > left:
+            return 0, count - len(rows)
+        rows.append(row)
+        left -= size
+    return left, 0
 
 
 def json_size(value: Any) -> int:

@@ -194,10 +194,12 @@ def choose(
     fitting = sorted((rank, boundary) for rank, boundary, _, missing in judged if missing is None)
     if not fitting:
         candidates = [{"boundary": boundary, "missing": missing} for _, boundary, _, missing in judged]
-        nearest = next((c for c in candidates if (c["missing"] or "").startswith("no live worker")), None)
+        would_do = sorted(
+            (rank, name, lacks) for rank, name, given, lacks in judged if not _uncovered(given, requirements)
+        )
         wanted = ", ".join(f"{_words(k)} >= {v}" for k, v in requirements.shown().items() if k != "abilities")
         wanted = ", ".join(filter(None, [wanted, *(f"capability {a}" for a in requirements.abilities)])) or "nothing"
-        hint = f"; the nearest is {nearest['boundary']}: {nearest['missing']}" if nearest else ""
+        hint = f"; the nearest is {would_do[0][1]}: {would_do[0][2]}" if would_do else ""
         detail = f"no boundary that can be built now gives what this run requires ({wanted}){hint}"
         extra = {"requirements": requirements.shown(), "candidates": candidates, "why": list(why)}
         raise PlacementRefused(detail, extra=extra)

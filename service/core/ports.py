@@ -27,7 +27,7 @@ class _Frozen(BaseModel):
 
 
 class IdempotencyClaim(_Frozen):
-    """What `begin` found. `answer`: the first answer, when the key was used to the end; None: this call is the first."""
+    """What `begin` found. `answer`: the first answer, when the key was used to the end; None: nobody had the key."""
 
     token: str
     """Names this attempt: only its holder may complete or release the key."""
@@ -76,7 +76,8 @@ class RunStore(Protocol):
         ...
 
     def delete_run(self, run_id: str, tenant: str | None) -> tuple[str, ...]:
-        """-> the blob names that no other run of the tenant uses any more. Raises Conflict(not_finished)."""
+        """-> the blob names that no other run of the tenant uses any more. Its events stay in the outbox. Raises
+        Conflict(not_finished)."""
         ...
 
     def finished_among(self, run_ids: Iterable[str]) -> frozenset[str]:
@@ -104,7 +105,8 @@ class Heartbeat(_Frozen):
 
 
 class RunLine(Protocol):
-    """Claim, record, finish: the worker's writes, each guarded by fence and expected phase (LeaseLost)."""
+    """Claim, record, finish: the worker's writes, each guarded by fence, expected phase and a lease that has not run
+    out (LeaseLost). A lease that has run out is never renewed, so that what the reaper concludes from it stays true."""
 
     def claim(
         self, *, worker_id: str, site: str, boundaries: Sequence[str], runtimes: Sequence[str], lease: timedelta
@@ -131,7 +133,8 @@ class RunLine(Protocol):
 
     def requeue(self, run_id: str, fence: int, *, why: str, counts: bool = True) -> Phase:
         """Provisioning failed: back to queued, or after the third failed attempt to finished (errored /
-        provision_failed). `counts=False`: the wall is gone from this host; the attempt is not held against the run.
+        provision_failed), or when its end was asked for (cancelled). `counts=False`: the wall is gone from this host;
+        the attempt is not held against the run.
         -> where it stands now."""
         ...
 
@@ -147,7 +150,7 @@ class RunLine(Protocol):
     # what the reconciler and the reaper ask
 
     def leases(self, *, limit: int = 1000) -> Sequence[LeaseView]:
-        """Unfinished runs whose lease has run out or that have been queued too long to be ignored, oldest first."""
+        """Unfinished runs whose lease has run out, then those that wait in the queue, each oldest first."""
         ...
 
     def lease_of(self, run_id: str) -> LeaseView | None: ...
@@ -246,7 +249,8 @@ class Outbox(Protocol):
         ...
 
     def stamp(self, owner: str, *, limit: int) -> Sequence[OutboxRow]:
-        """Give the next numbers to committed rows that have none, oldest first, while `owner` leads."""
+        """Give the next numbers to committed rows that have none, oldest first, while `owner` leads; else nothing.
+        Events of internal tenants (names that start with `_`) are kept, and never get a number."""
         ...
 
     def unpublished(self, *, limit: int) -> Sequence[OutboxRow]:

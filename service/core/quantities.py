@@ -18,7 +18,7 @@ def parse_duration(value: Any) -> timedelta:
     """`20s`, `500ms`, `2m`, `1h` to a timedelta. Raises ValueError that says what would be right."""
     if isinstance(value, timedelta):
         return value
-    match = _DURATION.match(value) if isinstance(value, str) and len(value) <= 20 else None
+    match = _DURATION.fullmatch(value) if isinstance(value, str) and len(value) <= 20 else None
     if not match:
         raise ValueError("should be a duration such as 500ms, 20s or 2m")
     seconds = float(match[1]) * _SECONDS[match[2]]
@@ -32,7 +32,7 @@ def format_duration(value: timedelta) -> str:
     milliseconds = value / timedelta(milliseconds=1)
     if milliseconds < 1000:
         return f"{milliseconds:g}ms"
-    return f"{value.total_seconds():.10g}s"
+    return f"{value.total_seconds():.12g}s"
 
 
 def parse_size(value: Any) -> int:
@@ -40,7 +40,7 @@ def parse_size(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         size = value
     else:
-        match = _SIZE.match(value) if isinstance(value, str) and len(value) <= 24 else None
+        match = _SIZE.fullmatch(value) if isinstance(value, str) and len(value) <= 24 else None
         if not match:
             raise ValueError("should be a size such as 64KiB, 256MiB or 1GiB, or a whole number of bytes")
         size = int(match[1]) * _BYTES[match[2] or "B"]

@@ -53,7 +53,7 @@ def _env(value: Any) -> Any:
         return value
     out: dict[Any, Any] = {}
     for name, text in value.items():
-        if not isinstance(name, str) or not _ENV_NAME.match(name):
+        if not isinstance(name, str) or not _ENV_NAME.fullmatch(name):
             raise ValueError(f"{name!r} should be a variable name: letters, digits and _, not starting with a digit")
         out[name] = str(text) if isinstance(text, int) and not isinstance(text, bool) else text
         if not isinstance(out[name], str):

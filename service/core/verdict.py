@@ -19,7 +19,9 @@ from service.core.scenario import FileExpectation, Step, TextExpectation
 
 MAX_TEXT_BYTES = 16 * 1024
 MAX_ACTUAL_BYTES = 2 * 1024
+MAX_ACTUAL_DEPTH = 32
 MAX_JSON_FAILURES = 20
+MAX_STEP_FAILURES = 50
 
 _LIMIT_ORDER = (Limit.MEMORY, Limit.PIDS, Limit.DISK, Limit.FILES, Limit.OUTPUT)
 _TIMEOUTS = {Ended.STEP_TIMEOUT: Reason.STEP_TIMEOUT, Ended.WALL_TIMEOUT: Reason.WALL_TIMEOUT}
@@ -67,7 +69,7 @@ def judge_step(n: int, step: Step, execution: Execution) -> JudgedStep:
     failures = () if execution.ended is Ended.LIMIT else tuple(_failures(step, execution))
     if execution.ended is Ended.LIMIT or (failures and execution.limits):
         limit = next(limit for limit in _LIMIT_ORDER if limit in execution.limits)
-        base = base.model_copy(update={"failures": failures})
+        base = base.model_copy(update={"failures": failures[:MAX_STEP_FAILURES]})
         return _not_passed(base, StepOutcome.LIMIT_EXCEEDED, Reason(limit), f"step {n}: the {limit} limit was hit")
     return _judged(base, failures, tolerated=step.continue_on_failure)
 
@@ -113,7 +115,8 @@ def _judged(base: StepResult, failures: tuple[Failure, ...], *, tolerated: bool)
     first = failures[0]
     reason = Reason.EXIT_CODE if first.expectation == "exit_code" else Reason.EXPECTATION
     message = f"step {base.n}: {first.expectation}: expected {_short(first.expected)}, got {_short(first.actual)}"
-    result = base.model_copy(update={"outcome": StepOutcome.FAILED, "failures": failures})
+    kept = failures[:MAX_STEP_FAILURES]
+    result = base.model_copy(update={"outcome": StepOutcome.FAILED, "failures": kept})
     return JudgedStep(result=result, reason=reason, message=message, tolerated=tolerated)
 
 
@@ -226,6 +229,9 @@ def _mismatches(path: str, want: Any, got: Any) -> Iterator[tuple[str, Any, Any]
         yield path, want, got
 
 
+_JSON_TYPES = {dict: "object", list: "array", int: "number", float: "number"}
+
+
 def _number(value: Any) -> bool:
     return isinstance(value, int | float)
 
@@ -238,10 +244,20 @@ def _cut(text: str) -> str:
 
 
 def _cut_value(value: Any) -> Any:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    if len(text.encode("utf-8", "replace")) <= MAX_ACTUAL_BYTES:
-        return value
-    return _cut(text)
+    """What a guest's JSON had, as every reader of ours can take it: the value itself while it is small, else its text.
+
+    The guest chose it. Lone surrogates, numbers that are not finite and a nest of a thousand lists are things that some
+    JSON writer down the line refuses, and a result that cannot be written would end the run as our own failure.
+    """
+    if isinstance(value, str):
+        return _cut(value.encode("utf-8", "replace").decode())
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace").decode()
+    except (RecursionError, ValueError):
+        return f"a {_JSON_TYPES.get(type(value), 'value')} that is too deep or too large to show"
+    if len(text.encode()) > MAX_ACTUAL_BYTES or text.count("[") + text.count("{") > MAX_ACTUAL_DEPTH:
+        return _cut(text)
+    return json.loads(text)
 
 
 def _short(value: Any) -> str:

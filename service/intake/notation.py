@@ -21,7 +21,8 @@ MAX_DEPTH = 32
 MAX_NODES = 20_000
 MAX_NUMBER_CHARS = 64
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+"""Matches wherever it starts, to the end of the text if need be: so that a search is linear in it."""
 _CONSTANTS: dict[str, bool | None] = {
     "": None, "~": None, "null": None, "Null": None, "NULL": None,
     "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
@@ -251,7 +252,7 @@ def _checked(value: Any) -> Any:
     while pending:
         place, item = pending.pop()
         nodes += 1
-        if len(place) > MAX_DEPTH:
+        if len(place) >= MAX_DEPTH and isinstance(item, dict | list):
             raise _too_deep(place)
         if nodes > MAX_NODES:
             raise NotationError((), f"should hold at most {MAX_NODES} values")

@@ -17,8 +17,8 @@ BLOCK_BYTES = 512
 _ZEROS = bytes(BLOCK_BYTES)
 _POSIX, _GNU = b"ustar\x0000", b"ustar  \x00"
 _OCTAL = re.compile(rb" *([0-7]+)[\0 ]*")
-_UNUSED_NUMBERS = (slice(108, 116), slice(116, 124), slice(136, 148), slice(329, 337), slice(337, 345))
-"""Owner, group, time and device: of no use here, but where they make no sense, readers part company."""
+_UNUSED_NUMBERS = (slice(100, 108), slice(108, 116), slice(116, 124), slice(136, 148), slice(329, 337), slice(337, 345))
+"""Mode, owner, group, time and device: little used here, but where they make no sense, readers part company."""
 _UNUSED_NUMBER = re.compile(rb" *[0-7]*[\0 ]*|[\x80\xff].*", re.DOTALL)
 _EXTENSION_BYTES = 64 * 1024
 """The most that a long name or the records before one member may take; a pax xattr is larger than any path."""
@@ -107,7 +107,7 @@ def _checked_name(block: bytes) -> bytes:
         raise rejected("corrupt", "has a header whose checksum is wrong", member=block[:100].rstrip(b"\0"))
     raw = _text(block[:100], "name")
     if not all(_UNUSED_NUMBER.fullmatch(block[field]) for field in _UNUSED_NUMBERS):
-        raise rejected("header", "has an owner, time or device field that is not a number", member=raw)
+        raise rejected("header", "has a mode, owner, time or device field that is not a number", member=raw)
     magic = block[257:265]
     if magic == _POSIX:
         prefix = _text(block[345:500], "prefix")
@@ -140,11 +140,13 @@ def _number(field: bytes, what: str, name: bytes) -> int:
 def _extension(tape: Tape, size: int, name: bytes) -> bytes:
     if size > _EXTENSION_BYTES:
         raise rejected("header", f"has an extended header of {size} bytes; at most {_EXTENSION_BYTES}", member=name)
-    data = tape.read(size)
-    if len(data) < size:
+    whole = size + -size % BLOCK_BYTES
+    data = tape.read(whole)
+    if len(data) < whole:
         raise truncated()
-    tape.skip(-size % BLOCK_BYTES)
-    return data
+    if any(data[size:]):  # some readers go on reading there
+        raise rejected("header", "has bytes after the end of its extended header", member=name)
+    return data[:size]
 
 
 def _begin_pax(extended: _Extended, name: bytes) -> None:
@@ -192,8 +194,8 @@ def _read_pax(data: bytes, extended: _Extended | None, name: bytes) -> None:
 def _read_long_name(data: bytes, extended: _Extended, name: bytes) -> None:
     if extended.pending:
         raise rejected("header", "has two extended headers for one member", member=name)
-    long_name = data.removesuffix(b"\0")
-    if not long_name or b"\0" in long_name:
+    long_name = data[:-1]
+    if data[-1:] != b"\0" or not long_name or b"\0" in long_name:
         raise rejected("header", "has a long name that is not well-formed", member=name)
     extended.path, extended.long_name = long_name, True
 

@@ -17,11 +17,12 @@ from service.intake.members import ArchiveCaps, Judge, Member, Meter, rejected
 from service.intake.tape import CHUNK_BYTES, INPUT_BYTES, truncated
 
 LOCAL, CENTRAL, END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
-_LOCAL = struct.Struct("<6xH18xHH")
+_LOCAL = struct.Struct("<4xHH18xHH")
 _CENTRAL = struct.Struct("<4xBBHHH4xIIIHHHHHII")
 _END = struct.Struct("<4xHHHHIIH")
 _END_BYTES, _LOCAL_BYTES, _CENTRAL_BYTES = 22, 30, 46
 _MAX_COMMENT_BYTES = 0xFFFF
+_MAX_VERSION = 63
 _MAX_DIRECTORY_BYTES = 16 * 2**20
 _ZIP64_16, _ZIP64_32 = 0xFFFF, 0xFFFFFFFF
 _STORED, _DEFLATED = 0, 8
@@ -46,6 +47,7 @@ class _Entry(NamedTuple):
 
     raw: bytes
     said: bytes
+    version: int
     flags: int
     method: int
     crc: int
@@ -169,7 +171,7 @@ def _central_headers(fd: int, end: _End) -> Iterator[_Entry]:
         if len(header) < _CENTRAL_BYTES or header[:4] != CENTRAL:
             raise rejected("corrupt", "has a central directory that is not well-formed")
         (
-            _, made_on, _, flags, method, crc, packed_size, size, name_bytes, extra_bytes, comment_bytes, disk, _,
+            _, made_on, version, flags, method, crc, packed_size, size, name_bytes, extra_bytes, comment_bytes, disk, _,
             attributes, local_at,
         ) = _CENTRAL.unpack(header)  # fmt: skip
         text = os.pread(fd, name_bytes + extra_bytes, at + _CENTRAL_BYTES)
@@ -185,7 +187,7 @@ def _central_headers(fd: int, end: _End) -> Iterator[_Entry]:
                 "zip64", "has ZIP64 sizes; nothing that is accepted is large enough to need them", member=raw
             )
         yield _Entry(
-            raw, header[8:12] + header[16:28], flags, method, crc, packed_size, size, attributes >> 16,
+            raw, header[8:12] + header[16:28], version, flags, method, crc, packed_size, size, attributes >> 16,
             attributes & 0xFFFF, local_at, _check_extra(extra, raw), made_on in _MADE_ON_UNIX,
         )  # fmt: skip
     if at != end.at:
@@ -200,13 +202,15 @@ def _check_local(fd: int, entry: _Entry) -> int:
     flags: int
     name_bytes: int
     extra_bytes: int
-    flags, name_bytes, extra_bytes = _LOCAL.unpack(header)
+    version, flags, name_bytes, extra_bytes = _LOCAL.unpack(header)
     text = os.pread(fd, name_bytes + extra_bytes, entry.local_at + _LOCAL_BYTES)
     if len(text) < name_bytes + extra_bytes:
         raise truncated()
     raw, extra = text[:name_bytes], text[name_bytes:]
     if raw != entry.raw:
         raise rejected("header", "has another name in its local header", member=entry.raw)
+    if max(version, entry.version) > _MAX_VERSION:
+        raise rejected("header", "needs a later version of the format than is read here", member=raw)
     _check_flags(entry.flags | flags, raw)
     if header[6:10] + header[14:26] != entry.said:
         raise rejected("header", "has sizes, a CRC, flags or a method that differ in its two headers", member=raw)

@@ -5,8 +5,9 @@ from typing import Literal
 import structlog
 
 from service.core.errors import BlastdoorError
-from service.core.ports import Blobs, Hints, RunStore
+from service.core.ports import Hints, RunStore
 from service.core.run import Run
+from service.usecases.bundles import Bundles
 from service.usecases.fetch import checked_run_id
 
 log = structlog.get_logger()
@@ -25,17 +26,11 @@ def cancel_run(
     return run
 
 
-def delete_run(runs: RunStore, *, blobs: Blobs, run_id: str, tenant: str) -> None:
-    """The record, then every blob that no other run of the tenant uses. Raises NotFound, Conflict(not_finished).
-
-    The record goes first: a blob without a run is rubbish that can be swept later, a run without its blob a broken
-    promise.
-    """
-    for digest in runs.delete_run(checked_run_id(run_id), tenant):
-        try:
-            blobs.delete(tenant, digest)
-        except (BlastdoorError, OSError) as error:
-            log.warning("blob_left_behind", tenant=tenant, digest=digest, error=str(error))
+def delete_run(runs: RunStore, *, bundles: Bundles, run_id: str, tenant: str) -> None:
+    """The record, then every blob that no other run of the tenant uses. Raises NotFound, Conflict(not_finished)."""
+    with bundles.alone(tenant):
+        for digest in runs.delete_run(checked_run_id(run_id), tenant):
+            bundles.remove(tenant, digest)
 
 
 def hint(hints: Hints, *, topic: str, run_id: str) -> None:

@@ -5,6 +5,7 @@ it (the doorbell, a hint) may fail without harm, because a reconciler rings agai
 """
 
 import hashlib
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -15,7 +16,7 @@ from service.core.controls import AppliedControls, Controls, apply
 from service.core.errors import BundleRejected, DocumentInvalid, IdempotencyMismatch, Unavailable
 from service.core.ids import new_run_id
 from service.core.placement import Policy, choose
-from service.core.ports import Blobs, Doorbell, Hints, IdempotencyClaim, RunStore, TenantStore, WorkerStore
+from service.core.ports import Doorbell, Hints, IdempotencyClaim, RunStore, TenantStore, WorkerStore
 from service.core.run import BundleSummary, Metadata, Run, ScenarioSummary
 from service.core.scenario import Scenario
 from service.core.tenancy import Tenant
@@ -28,6 +29,7 @@ from service.intake.documents import (
     parse_scenario,
 )
 from service.intake.multipart import Upload
+from service.usecases.bundles import Bundles
 from service.usecases.cancel import hint
 from service.usecases.capabilities import live_capabilities
 
@@ -44,7 +46,7 @@ class Submitting:
     runs: RunStore
     tenants: TenantStore
     workers: WorkerStore
-    blobs: Blobs
+    bundles: Bundles
     hints: Hints
     doorbell: Doorbell
     policy: Policy
@@ -101,10 +103,13 @@ def submit(world: Submitting, *, tenant: str, upload: Upload, attempt: Attempt |
     if bundle is not None:
         _fits(bundle, entries, controls)
     run = _placed_run(world, who, documents, controls, bundle)
-    if bundle is not None and upload.bundle_path is not None:
-        world.blobs.put_file(tenant, upload.bundle_path, bundle.digest)
     idempotency = (attempt.key, attempt.claim.token, content) if attempt is not None else None
-    stored = world.runs.submit(run, documents.scenario, bundle, max_queued=who.quota.queued, idempotency=idempotency)
+    with ExitStack() as kept:
+        if bundle is not None and upload.bundle_path is not None:
+            kept.enter_context(world.bundles.stored(tenant, path=upload.bundle_path, digest=bundle.digest))
+        stored = world.runs.submit(
+            run, documents.scenario, bundle, max_queued=who.quota.queued, idempotency=idempotency
+        )
     _announce(world, stored)
     return Submitted(run=stored)
 
@@ -186,4 +191,3 @@ def _announce(world: Submitting, run: Run) -> None:
     except Unavailable as error:
         log.warning("doorbell_not_rung", run_id=run.id, boundary=run.placement.boundary, error=error.detail)
     hint(world.hints, topic="outbox", run_id=run.id)
-    hint(world.hints, topic="run", run_id=run.id)

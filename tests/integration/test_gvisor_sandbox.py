@@ -176,7 +176,7 @@ def test_twenty_runs_leave_no_descriptor_open(boundary: GvisorBoundary) -> None:
 
 
 def test_the_steps_uid_is_evidence_even_when_no_step_lived_long_enough_to_be_seen(boundary: GvisorBoundary) -> None:
-    ref = make_ref(boundary.host.installation)
+    ref = make_ref(installation=boundary.host.installation)
     with boundary.open(make_spec(), ref, cancelled=Never()) as sandbox:
         assert sandbox.evidence().uid == 65532
     boundary.destroy(ref)

@@ -4,12 +4,14 @@ an orphan. A worker whose canary is destroyed believes that it can build nothing
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from service.adapters.memory import MemoryHints, MemoryStore
 from service.core.boundary import BoundaryRef
+from service.core.errors import NotYetDestroyed
 from service.core.ids import new_run_id
 from tests.sandboxes import gvisor_boundary, require_gvisor
 from workers.boundaries.gvisor import probe
@@ -63,7 +65,8 @@ def test_a_canary_that_somebody_destroys_does_fail(boundary: GvisorBoundary) -> 
     def destroy() -> None:
         while not stop.is_set():
             for ref in other.discover():
-                other.destroy(ref)
+                with suppress(NotYetDestroyed):
+                    other.destroy(ref)
 
     destroyer = threading.Thread(target=destroy)
     destroyer.start()
