@@ -5,10 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.servers import NotInstalled, PostgresServer, RedisServer, run_postgres, run_redis
 from tests.stack import NoStack, Stack, run_stack
 from tests.summary import ran
+
+# How long an example takes says something of the machine, not of the code.
+settings.register_profile("blastdoor", deadline=None)
+settings.load_profile("blastdoor")
 
 pytest_plugins = ["pytester", "tests.ground_rules"]
 

@@ -47,8 +47,8 @@ def sweep(boundaries: Iterable[Boundary], runs: RunLine, hints: Hints, *, instal
 
 
 def _is_canary(ref: BoundaryRef, *, now: datetime) -> bool:
-    """A probe is trying the wall out. It has no run; it has until it expires."""
-    return ref.tenant.startswith("_") and now < ref.expires_at
+    """A probe is trying the wall out: runs have fences from 1 on. It has until it expires."""
+    return ref.fence == 0 and now < ref.expires_at
 
 
 def _is_absent(view: LeaseView, listed: Mapping[BoundaryKind, list[BoundaryRef] | None]) -> bool:

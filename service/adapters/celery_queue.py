@@ -2,7 +2,7 @@
 
 Celery is a doorbell here, not a record. A message says which queue it is in and nothing else, so a lost one costs time
 (the reconciler rings again), a doubled one costs a look, and a forged one can do no more than a real one.
-`celery_app` is the table of hardening.md section 3.1; where 5.7 reads no such setting, a comment says so.
+`celery_app` is that configuration, each setting with its reason; where 5.7 reads no such setting, a comment says so.
 """
 
 import os

@@ -23,7 +23,7 @@ from service.core.events import STREAM
 from service.core.ports import OutboxRow
 
 MAX_LENGTH = 100_000
-"""Entries the stream keeps, about: hardening.md asks for ten times the peak of a day."""
+"""Entries the stream keeps, about: ten times the peak of a day."""
 
 _TIMEOUT_S = 2.0
 _HINT_TIMEOUT_S = 0.25

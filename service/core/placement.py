@@ -60,11 +60,12 @@ AFFINITY_SUFFIX = "+affinity"
 class Policy(_Frozen):
     """The operator's file. It can only tighten: add floors, demand versions, re-rank. There is no way to weaken.
 
-    `minimum_versions`: boundary to the oldest version of its runtime; `floors`: guarantee to minimum, for every run of
+    `minimum_versions`: boundary to the oldest version of each thing that builds it (`gvisor: {runsc: "20260901"}`, by
+    the names that GET /v1/capabilities shows), below which it is no candidate; `floors`: guarantee to minimum, for every run of
     that trust; `ranks`: boundary to rank.
     """
 
-    minimum_versions: Mapping[str, str] = {}
+    minimum_versions: Mapping[str, Mapping[str, str]] = {}
     floors: Mapping[Trust, Mapping[str, str]] = {}
     ranks: Mapping[str, int] = {}
 
@@ -252,10 +253,10 @@ def _worker_lacks(
 ) -> str | None:
     if not worker.available:
         return "no live worker can build it: " + ("; ".join(worker.missing) or "its probe failed")
-    if (minimum := policy.minimum_versions.get(worker.boundary)) is not None:
-        version = worker.versions.get("runtime", "")
+    for name, minimum in policy.minimum_versions.get(worker.boundary, {}).items():
+        version = worker.versions.get(name, "")
         if not version_at_least(version, minimum):
-            return f"runtime version {minimum} or later, by policy (found {version or 'none'})"
+            return f"{name} {minimum} or later, by policy (found {version or 'none'})"
     for ability in requirements.abilities:
         if ability not in worker.abilities:
             return f"capability {ability}"

@@ -125,7 +125,7 @@ Metadata = Annotated[
 
 
 class Run(_Frozen):
-    """The run as api.md shows it. Every key is always there, null when unknown."""
+    """The run as the API shows it. Every key is always there, null when unknown."""
 
     id: str
     tenant: str

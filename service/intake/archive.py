@@ -7,7 +7,7 @@ before anything is written. The stable words of `BundleRejected.rule`:
     path, name, depth, duplicate, clash, link, type                                     what a member is
     count, size, bomb, cpu                                                              what it would cost
 
-Memory stays below about 24 MiB whatever the archive is; reading stops as soon as a rule is broken.
+Memory stays below about 32 MiB whatever the archive is; reading stops as soon as a rule is broken.
 """
 
 import os
@@ -25,7 +25,7 @@ from service.intake.tar import BLOCK_BYTES, looks_like_tar, read_headers
 
 __all__ = ["ArchiveCaps", "ArchiveSummary", "inspect", "read_member", "unpack"]
 
-_KEPT_BYTES = 16 * 2**20
+_KEPT_BYTES = 8 * 2**20
 _NO_CAPS = ArchiveCaps(
     total_bytes=2**50, file_bytes=2**50, entries=2**31, depth=2**10, name_bytes=2**16, path_bytes=2**16, ratio=2**40,
     cpu_s=120.0,
@@ -48,6 +48,7 @@ class _Format(StrEnum):
 class _Opened:
     """An archive that is open for one question: its descriptor, its size, and what may be spent on it."""
 
+    path: Path
     fd: int
     size: int
     format: _Format
@@ -135,15 +136,22 @@ def _make_from_zip(beneath: Beneath, archive: _Opened, members: list[Member], me
 
 def _make_from_tar(beneath: Beneath, archive: _Opened, judge: Judge, meter: Meter) -> int:
     """Two passes: the headers, then the content. Between them stand the judged names: the second reads no header."""
-    kept = None if archive.format is _Format.TAR else Kept(archive.chunks(meter), most_bytes=_KEPT_BYTES)
-    tape = archive.tape(meter) if kept is None else StreamTape(iter(kept))
-    members = list(read_headers(tape, judge))
-    again = kept.again() if kept is not None else None
-    second = meter.again()
-    tape = StreamTape(again) if again is not None else archive.tape(second)
+    if archive.format is _Format.TAR:
+        members = list(read_headers(archive.tape(meter), judge))
+        return _make_members(beneath, members, archive.tape(meter), meter)
+    kept = Kept(archive.chunks(meter), directory=archive.path.parent, memory_bytes=_KEPT_BYTES)
+    try:
+        members = list(read_headers(StreamTape(iter(kept)), judge))
+        second = meter.again()
+        return _make_members(beneath, members, kept.tape() or archive.tape(second), second)
+    finally:
+        kept.close()
+
+
+def _make_members(beneath: Beneath, members: list[Member], tape: Tape, meter: Meter) -> int:
     written = 0
     for member in members:
-        second.tick()
+        meter.tick()
         if member.directory:
             beneath.make_directory(member.path)
         else:
@@ -165,7 +173,7 @@ def _opened(path: Path, caps: ArchiveCaps) -> Iterator[_Opened]:
     fd = open_archive(path)
     try:
         size = os.fstat(fd).st_size
-        yield _Opened(fd, size, _recognised(os.pread(fd, BLOCK_BYTES, 0)), caps)
+        yield _Opened(path, fd, size, _recognised(os.pread(fd, BLOCK_BYTES, 0)), caps)
     finally:
         os.close(fd)
 

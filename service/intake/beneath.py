@@ -84,7 +84,7 @@ class Beneath:
             self._settle(fd, mode)
             written = 0
             for piece in pieces:
-                written += _write_all(fd, piece)
+                written += write_all(fd, piece)
         finally:
             os.close(fd)
         return written
@@ -130,7 +130,8 @@ class Beneath:
         self._parent, self._parent_fd = "", self._root_fd
 
 
-def _write_all(fd: int, piece: bytes | memoryview) -> int:
+def write_all(fd: int, piece: bytes | memoryview) -> int:
+    """-> the length of the piece. Raises OSError."""
     size = len(piece)
     written = os.write(fd, piece)
     while written < size:

@@ -9,11 +9,13 @@ import io
 import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import zstandard
 
 from service.core.errors import BundleRejected
+from service.intake.beneath import write_all
 from service.intake.members import Meter, rejected
 
 CHUNK_BYTES = 256 * 1024
@@ -126,27 +128,52 @@ class StreamTape:
 
 
 class Kept:
-    """Passes chunks through and keeps them as long as they are few, so that a small archive is decompressed once."""
+    """Passes chunks through and keeps them, so that what was judged once need not be decompressed again: a few in memory,
+    many in a file without a name on the archive's own file system, which no crash can leave behind. Where that cannot
+    be (read-only, full) nothing is kept."""
 
-    def __init__(self, chunks: Iterator[bytes], *, most_bytes: int) -> None:
+    def __init__(self, chunks: Iterator[bytes], *, directory: Path, memory_bytes: int) -> None:
         self._source = chunks
-        self._room = most_bytes
+        self._directory = directory
+        self._memory_bytes = memory_bytes
         self._chunks: list[bytes] | None = []
+        self._fd: int | None = None
+        self._size = 0
         self._ended = False
 
     def __iter__(self) -> Iterator[bytes]:
         for chunk in self._source:
-            self._room -= len(chunk)
-            if self._room < 0:
-                self._chunks = None
-            if self._chunks is not None:
-                self._chunks.append(chunk)
+            self._keep(chunk)
             yield chunk
         self._ended = True
 
-    def again(self) -> Iterator[bytes] | None:
-        """The same chunks once more, or None when they were too many (or were not read to the end)."""
-        return iter(self._chunks) if self._ended and self._chunks is not None else None
+    def tape(self) -> Tape | None:
+        """The same bytes once more, when they were read to the end and kept."""
+        if not self._ended:
+            return None
+        if self._chunks is not None:
+            return StreamTape(iter(self._chunks))
+        return FileTape(self._fd, size=self._size) if self._fd is not None else None
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+        self._chunks = self._fd = None
+
+    def _keep(self, chunk: bytes) -> None:
+        self._size += len(chunk)
+        try:
+            if self._chunks is not None:
+                self._chunks.append(chunk)
+                if self._size > self._memory_bytes:
+                    kept, self._chunks = self._chunks, None
+                    self._fd = os.open(self._directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+                    for one in kept:
+                        write_all(self._fd, one)
+            elif self._fd is not None:
+                write_all(self._fd, chunk)
+        except OSError:
+            self.close()
 
 
 def gunzip(fd: int, *, size: int, meter: Meter) -> Iterator[bytes]:

@@ -89,7 +89,7 @@ def release(runs: RunStore, *, tenant: str, attempt: Attempt) -> None:
 def submit(world: Submitting, *, tenant: str, upload: Upload, attempt: Attempt | None = None) -> Submitted:
     """Judge the upload, choose its wall, queue it. The bundle's file is moved into the blobs.
 
-    Raises what api.md lists as refusals; the caller releases `attempt` then.
+    Raises what the API answers as refusals; the caller releases `attempt` then.
     """
     content = content_digest(upload)
     if attempt is not None and attempt.claim.answer is not None:

@@ -1,4 +1,4 @@
-"""One app for the API's doorbell and the workers, set as hardening.md section 3.1 says, and every setting in force."""
+"""One app for the API's doorbell and the workers, set as this table says, and every setting in force."""
 
 import pickle
 from datetime import timedelta

@@ -77,16 +77,16 @@ _one_view = sa.select(*_VIEW).where(run.c.id == sa.bindparam("b_run_id"))
 _most = sa.bindparam("b_limit", type_=sa.Integer())
 _is_overdue = sa.and_(run.c.lease_until.is_not(None), run.c.lease_until < db_now())
 _overdue = sa.select(*_VIEW).where(_is_overdue).order_by(run.c.lease_until).limit(_most)
-_queued = sa.select(*_VIEW).where(sa.text(IS_QUEUED)).order_by(run.c.id).limit(_most)
-_queued = _queued.with_hint(run, indexed_by("ix_run_queue"), "sqlite")
-_undestroyed = (
+QUEUED = sa.select(*_VIEW).where(sa.text(IS_QUEUED)).order_by(run.c.id).limit(_most)
+QUEUED = QUEUED.with_hint(run, indexed_by("ix_run_queued"), "sqlite")
+UNDESTROYED = (
     sa.select(*_VIEW)
     .where(
         run.c.site == sa.bindparam("b_site"),
         sa.text(NOT_KNOWN_GONE),
         sa.or_(run.c.lease_until.is_(None), run.c.lease_until < db_now()),
     )
-    .order_by(run.c.id)
+    .order_by(run.c.created_at, run.c.id)  # by the id alone PostgreSQL would walk every run in that order
     .limit(_most)
 )
 _queues_waiting = (
@@ -195,7 +195,7 @@ class SqlRunLine(SqlPart):
         with self._db.read() as connection:
             rows = list(connection.execute(_overdue, {"b_limit": limit}))
             if len(rows) < limit:
-                rows += connection.execute(_queued, {"b_limit": limit - len(rows)})
+                rows += connection.execute(QUEUED, {"b_limit": limit - len(rows)})
         return [_view(row) for row in rows]
 
     def lease_of(self, run_id: str) -> LeaseView | None:
@@ -207,7 +207,7 @@ class SqlRunLine(SqlPart):
 
     def undestroyed(self, site: str, *, limit: int = 1000) -> Sequence[LeaseView]:
         with self._db.read() as connection:
-            return [_view(row) for row in connection.execute(_undestroyed, {"b_site": site, "b_limit": limit})]
+            return [_view(row) for row in connection.execute(UNDESTROYED, {"b_site": site, "b_limit": limit})]
 
     def recover_finish(self, view: LeaseView, verdict: Verdict) -> bool:
         installation = self.installation_id()

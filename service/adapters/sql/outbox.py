@@ -19,12 +19,12 @@ from service.core.ports import OutboxRow
 _ROWS_AT_ONCE = 500
 _COLUMNS = (outbox.c.event_id, outbox.c.run_id, outbox.c.tenant, outbox.c.type, outbox.c.pub_seq, outbox.c.event)
 # Each in the words of its index.
-_UNSTAMPED = sa.text("pub_seq IS NULL AND NOT internal")
-_UNPUBLISHED = sa.text("pub_seq IS NOT NULL AND NOT published")
+_IS_UNSTAMPED = sa.text("pub_seq IS NULL AND NOT internal")
+_IS_UNPUBLISHED = sa.text("pub_seq IS NOT NULL AND NOT published")
 _leads = sa.and_(relay_state.c.owner == sa.bindparam("b_owner"), relay_state.c.lease_until >= db_now())
 _leading = sa.select(relay_state.c.last_stamp).where(_leads).with_for_update()
-_next = sa.select(outbox.c.id, *_COLUMNS).where(_UNSTAMPED).order_by(outbox.c.id).limit(sa.bindparam("b_limit"))
-_next = _next.with_hint(outbox, indexed_by("ix_outbox_unstamped"), "sqlite")
+UNSTAMPED = sa.select(outbox.c.id, *_COLUMNS).where(_IS_UNSTAMPED).order_by(outbox.c.id).limit(sa.bindparam("b_limit"))
+UNSTAMPED = UNSTAMPED.with_hint(outbox, indexed_by("ix_outbox_unstamped"), "sqlite")
 _stamp = sa.update(outbox).where(outbox.c.id == sa.bindparam("b_id")).values(pub_seq=sa.bindparam("b_pub_seq"))
 
 
@@ -39,13 +39,13 @@ class SqlOutbox(SqlPart):
 
     def stamp(self, owner: str, *, limit: int) -> Sequence[OutboxRow]:
         with self._db.read() as connection:  # the relay asks often, and most often there is nothing: no lock for that
-            if connection.execute(_next, {"b_limit": 1}).one_or_none() is None:
+            if connection.execute(UNSTAMPED, {"b_limit": 1}).one_or_none() is None:
                 return ()
         with self._db.write() as connection:
             last = connection.scalar(_leading, {"b_owner": owner})
             if last is None:
                 return ()
-            rows = connection.execute(_next, {"b_limit": limit}).all()
+            rows = connection.execute(UNSTAMPED, {"b_limit": limit}).all()
             if not rows:
                 return ()
             stamps = [{"b_id": row.id, "b_pub_seq": last + n} for n, row in enumerate(rows, start=1)]
@@ -54,7 +54,7 @@ class SqlOutbox(SqlPart):
         return [_row(row, pub_seq=last + n) for n, row in enumerate(rows, start=1)]
 
     def unpublished(self, *, limit: int) -> Sequence[OutboxRow]:
-        return self._rows(sa.select(*_COLUMNS).where(_UNPUBLISHED), limit)
+        return self._rows(sa.select(*_COLUMNS).where(_IS_UNPUBLISHED), limit)
 
     def mark_published(self, pub_seqs: Sequence[int]) -> None:
         if not pub_seqs:

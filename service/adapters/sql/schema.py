@@ -117,6 +117,7 @@ run = Table(
           sqlite_where=text("outcome IS NOT NULL"), postgresql_where=text("outcome IS NOT NULL")),
     Index("ix_run_claimable", "tenant", "boundary", "runtime", "id",
           sqlite_where=text(IS_CLAIMABLE), postgresql_where=text(IS_CLAIMABLE)),
+    Index("ix_run_queued", "id", sqlite_where=text(IS_QUEUED), postgresql_where=text(IS_QUEUED)),
     # With the phase in it too, SQLite counts the queue without looking at its rows.
     Index("ix_run_queue", "boundary", "id", "phase",
           sqlite_where=text(IS_QUEUED), postgresql_where=text(IS_QUEUED)),

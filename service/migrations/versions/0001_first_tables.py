@@ -123,6 +123,7 @@ def _runs() -> None:
     )
     op.create_index("ix_run_lease_until", "run", ["lease_until"], **_only("lease_until IS NOT NULL"))
     op.create_index("ix_run_not_known_gone", "run", ["site", "id"], **_only("fence > destroyed_fence"))
+    op.create_index("ix_run_queued", "run", ["id"], **_only("phase = 'queued'"))
     op.create_index("ix_run_queue", "run", ["boundary", "id", "phase"], **_only("phase = 'queued'"))
     op.create_index("ix_run_tenant_id", "run", ["tenant", "id"])
     op.create_index("ix_run_tenant_outcome_id", "run", ["tenant", "outcome", "id"], **_only("outcome IS NOT NULL"))

@@ -1,0 +1,1 @@
+"""The HTTP API as it is served, on real databases and a real Redis."""

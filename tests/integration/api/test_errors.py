@@ -230,6 +230,18 @@ def test_an_undeclared_length_beyond_the_cap_is_refused_while_it_comes(small: Se
     assert list((small.app.state.context.deps.blobs._staging).iterdir()) == []
 
 
+def test_parts_that_each_fit_are_counted_together(small: Served) -> None:
+    def two_parts() -> Iterator[bytes]:
+        for name in ("scenario", "controls"):
+            yield f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'.encode()
+            yield b" " * 40_000 + b"\r\n"
+        yield b"--b--\r\n"
+
+    answer = small.client("acme").post("/v1/runs", content=two_parts(), headers={"Content-Type": FORM})
+
+    assert check_problem(answer, status=413, code="too_large")["max_bytes"] == 65536
+
+
 def test_an_upload_that_does_not_end_in_time_is_dropped(small: Served) -> None:
     raw = Raw(small, Content_Type=FORM, Content_Length="1000", Idempotency_Key="k")
     began = time.monotonic()

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -21,6 +21,8 @@ from service.core.boundary import BoundaryKind, BoundaryRef
 _NAME = re.compile(r"^bd-([0-9a-f]{32})-f([0-9]{1,18})$")
 _SAFE = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
 _REF = "ref.json"
+_LABELLED_WITHIN = timedelta(seconds=60)
+_LONG_AGO = datetime.fromtimestamp(0, UTC)
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,18 @@ def _label(directory: Path) -> BoundaryRef | None:
         return None
 
 
+def _soon(directory: Path) -> datetime:
+    """Just made, it may get its label yet."""
+    try:
+        return datetime.fromtimestamp(directory.stat().st_mtime, UTC) + _LABELLED_WITHIN
+    except OSError:
+        return _LONG_AGO
+
+
 def _remove_flat(directory: Path) -> None:
     if directory.is_dir():
-        for entry in os.scandir(directory):
-            os.unlink(entry.path)
+        for name in os.listdir(directory):
+            (directory / name).unlink(missing_ok=True)  # another process may be removing it too
         directory.rmdir()
 
 
@@ -124,9 +134,13 @@ class Places:
         for entry in sorted(os.scandir(self.home), key=lambda found: found.name):
             name = entry.name.removeprefix(".")
             if _NAME.match(name):  # the directory may have got its name since it was listed
-                yield _label(Path(entry.path)) or _label(self.home / name) or self.unlabelled(name)
+                ref = _label(Path(entry.path)) or _label(self.home / name)
+                if ref is not None:
+                    yield ref
+                elif os.path.lexists(entry.path):
+                    yield self.unlabelled(name, expires_at=_soon(Path(entry.path)))
 
-    def unlabelled(self, name: str) -> BoundaryRef:
+    def unlabelled(self, name: str, *, expires_at: datetime = _LONG_AGO) -> BoundaryRef:
         """What a name alone says; long expired, so that whoever reaps takes it."""
         match = _NAME.match(name)
         if match is None:
@@ -138,7 +152,7 @@ class Places:
             tenant="",
             run_id=f"run_{match[1]}",
             fence=int(match[2]),
-            expires_at=datetime.fromtimestamp(0, UTC),
+            expires_at=expires_at,
         )
 
     def is_name(self, name: str) -> bool:

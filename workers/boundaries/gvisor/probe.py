@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 _CANARY_VALID_S = 600.0
 _HOW_TO_GET_RUNSC = "apt install runsc (Debian trixie or bookworm-backports), or gVisor's own release"
-_RELEASE = re.compile(r"(20[0-9]{6})")
+_RELEASE = re.compile(r"20[0-9]{6}(\.[0-9]+)?")
+"""gVisor's releases are dates; distributions put words of their own around them."""
 _ADVISORIES = (
     ("20250301", "CVE-2025-2713: a local user of the host may gain rights through runsc's file handling"),
     ("20260901", "CVE-2026-96812: a device node in a root file system reaches the host (Blastdoor's have none)"),
@@ -60,7 +61,7 @@ def probe(boundary: "GvisorBoundary") -> Capabilities:
         available=not missing,
         missing=tuple(missing),
         runtimes=runtimes,
-        versions={"runsc": version} if version else {},
+        versions={"runsc": _release(version)} if version else {},
         advisories=_advisories(version),
     )
 
@@ -77,8 +78,14 @@ def _identify(boundary: "GvisorBoundary", missing: list[str]) -> RuntimeBinary |
 
 
 def _advisories(version: str | None) -> tuple[str, ...]:
-    release = _RELEASE.search(version or "")
-    return tuple(said for fixed_in, said in _ADVISORIES if release and release[1] < fixed_in)
+    release = _release(version or "")
+    return tuple(said for fixed_in, said in _ADVISORIES if _RELEASE.match(release) and release < fixed_in)
+
+
+def _release(version: str) -> str:
+    """`0.0~20240729.0` and `release-20240729.0` are 20240729.0, so that a policy's minimum compares."""
+    found = _RELEASE.search(version)
+    return found[0] if found else version
 
 
 def _canary(boundary: "GvisorBoundary", binary: RuntimeBinary) -> str | None:

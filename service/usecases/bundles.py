@@ -1,0 +1,63 @@
+"""A bundle's blob and the run that uses it come and go together.
+
+A blob is stored before its run, so that no worker ever claims a run without its bundle; a refused run must not leave
+its blob behind, or a tenant whose queue is full could fill the disk. Whether a blob is still used and its removal are
+two steps, so one tenant's are done one at a time: within this process. Two processes that serve the same tenant at the
+same instant can at worst lose the bundle of a run that repeats the bytes of one being refused or deleted; that run
+ends `errored`, and nothing of another tenant is touched.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import structlog
+
+from service.core.errors import BlastdoorError, NotFound
+from service.core.ports import Blobs
+
+_STRIPES = 64
+
+log = structlog.get_logger()
+
+
+class Bundles:
+    """Blobs as submission and deletion use them."""
+
+    def __init__(self, blobs: Blobs) -> None:
+        self._blobs = blobs
+        self._locks = tuple(threading.Lock() for _ in range(_STRIPES))
+
+    @contextmanager
+    def stored(self, tenant: str, *, path: Path, digest: str) -> Iterator[None]:
+        """Take the file; if the block raises, a blob that was not there before is removed again."""
+        with self.alone(tenant):
+            known = self._known(tenant, digest)
+            self._blobs.put_file(tenant, path, digest)
+            try:
+                yield
+            except BaseException:
+                if not known:
+                    self.remove(tenant, digest)
+                raise
+
+    @contextmanager
+    def alone(self, tenant: str) -> Iterator[None]:
+        """Nobody else in this process stores or removes blobs of this tenant meanwhile."""
+        with self._locks[hash(tenant) % _STRIPES]:
+            yield
+
+    def remove(self, tenant: str, digest: str) -> None:
+        """What cannot be removed is left, and said: a blob without a run is rubbish, not damage."""
+        try:
+            self._blobs.delete(tenant, digest)
+        except (BlastdoorError, OSError) as error:
+            log.warning("blob_left_behind", tenant=tenant, digest=digest, error=str(error))
+
+    def _known(self, tenant: str, digest: str) -> bool:
+        try:
+            self._blobs.path(tenant, digest)
+        except NotFound:
+            return False
+        return True
