@@ -6,7 +6,7 @@ LOCK := .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --gen
 	--no-header --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench lock clean
+.PHONY: help demo test check bench fuzz lock clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ check: ## Formatting, lint, types, import contracts, .env.example
 bench: root ## Measure, print, and write bench.json
 	@scripts/setup.sh
 	@$(PYTHON) -m tests.bench $(ARGS)
+
+fuzz: ## Throw 200,000 mutated archives at the extractor; ARGS="--runs N" for another number
+	@scripts/setup.sh --development
+	@$(PYTHON) -m tests.fuzz $(or $(ARGS),--runs 200000)
 
 lock: ## Write the lock files again from pyproject.toml; ARGS=--upgrade takes newer versions
 	@scripts/setup.sh --development

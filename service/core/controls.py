@@ -35,7 +35,7 @@ class Limits(_Document):
     /work and /tmp, and the sandbox's own share (gVisor: about 16 MiB), hence the floor. `disk` and `files` are for
     /work and /tmp together; `output` is per stream and step; `pids` counts threads too."""
 
-    cpu: Annotated[float, Field(ge=0.1, le=64)] = 1
+    cpu: Annotated[float, Field(ge=0.1, le=64, strict=True)] = 1
     memory: Annotated[Size, Field(ge=32 * MIB)] = 256 * MIB
     pids: Annotated[int, Field(ge=8, le=4096, strict=True)] = 128
     disk: Annotated[Size, Field(ge=1 * MIB)] = 128 * MIB

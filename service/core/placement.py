@@ -61,8 +61,8 @@ class Policy(_Frozen):
     """The operator's file. It can only tighten: add floors, demand versions, re-rank. There is no way to weaken.
 
     `minimum_versions`: boundary to the oldest version of each thing that builds it (`gvisor: {runsc: "20260901"}`, by
-    the names that GET /v1/capabilities shows), below which it is no candidate; `floors`: guarantee to minimum, for every run of
-    that trust; `ranks`: boundary to rank.
+    the names that GET /v1/capabilities shows), below which it is no candidate; `floors`: guarantee to minimum, for
+    every run of that trust; `ranks`: boundary to rank.
     """
 
     minimum_versions: Mapping[str, Mapping[str, str]] = {}

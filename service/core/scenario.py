@@ -66,6 +66,14 @@ def _env(value: Any) -> Any:
 Env = Annotated[dict[Argument, Argument], BeforeValidator(_env)]
 
 
+def printable(value: str) -> str:
+    """Names reach terminals, JUnit and every database: no control, format or separator characters but the space."""
+    for char in value:
+        if not char.isprintable():
+            raise ValueError(f"should be printable text on one line; {char!a} is not")
+    return value
+
+
 def relative_path(value: str) -> str:
     """A path or pattern beneath /work: no leading slash, no `..`, no empty part, at most 1024 bytes."""
     parts = value.split("/")
@@ -76,7 +84,8 @@ def relative_path(value: str) -> str:
     return value
 
 
-RelativePath = Annotated[Text, AfterValidator(relative_path)]
+RelativePath = Annotated[Text, AfterValidator(printable), AfterValidator(relative_path)]
+Name = Annotated[Text, AfterValidator(printable), Field(min_length=1, max_length=200)]
 
 
 class TextExpectation(_Document):
@@ -87,7 +96,7 @@ class TextExpectation(_Document):
     matches: Annotated[Text, Field(max_length=4096), AfterValidator(checked_pattern)] | None = None
     json_: Any = Field(default=None, alias="json")
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
 
     @property
     def given(self) -> frozenset[str]:
@@ -112,11 +121,11 @@ class Expect(_Document):
     stdout: TextExpectation | None = None
     stderr: TextExpectation | None = None
     files: Annotated[dict[RelativePath, FileExpectation], Field(max_length=100)] = {}
-    max_seconds: Annotated[float, Field(gt=0, le=900)] | None = None
+    max_seconds: Annotated[float, Field(gt=0, le=900, strict=True)] | None = None
 
 
 class Step(_Document):
-    name: Annotated[Text, Field(min_length=1, max_length=200)]
+    name: Name
     run: Annotated[Argument, Field(min_length=1)] | Annotated[list[Argument], Field(min_length=1, max_length=1024)]
     timeout: Duration | None = None
     stdin: Annotated[Text, Field(max_length=MAX_STDIN_BYTES)] = ""
@@ -138,7 +147,7 @@ class Step(_Document):
 
 
 class Scenario(_Document):
-    name: Annotated[Text, Field(min_length=1, max_length=200)]
+    name: Name
     runtime: Annotated[StrictStr, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")] = "default"
     env: Env = {}
     steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=MAX_STEPS)]

@@ -41,7 +41,7 @@ class CeilingLimits(_Frozen):
     """The most a run of this tenant may ask for; an absent one is the platform's. None lies below what every run may
     have (`controls.Limits`): a ceiling that nothing fits under would be a tenant that cannot run."""
 
-    cpu: Annotated[float, Field(ge=0.1)] | None = None
+    cpu: Annotated[float, Field(ge=0.1, strict=True)] | None = None
     memory: Annotated[Size, Field(ge=32 * 2**20)] | None = None
     pids: Annotated[int, Field(ge=8)] | None = None
     disk: Annotated[Size, Field(ge=2**20)] | None = None

@@ -128,9 +128,9 @@ class StreamTape:
 
 
 class Kept:
-    """Passes chunks through and keeps them, so that what was judged once need not be decompressed again: a few in memory,
-    many in a file without a name on the archive's own file system, which no crash can leave behind. Where that cannot
-    be (read-only, full) nothing is kept."""
+    """Passes chunks through and keeps them, so that what was judged once need not be decompressed again: a few in
+    memory, many in a file without a name on the archive's own file system, which no crash can leave behind. Where that
+    cannot be (read-only, full) nothing is kept."""
 
     def __init__(self, chunks: Iterator[bytes], *, directory: Path, memory_bytes: int) -> None:
         self._source = chunks

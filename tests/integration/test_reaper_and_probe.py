@@ -55,7 +55,8 @@ def test_a_canary_survives_a_reaper_that_never_stops_sweeping(boundary: GvisorBo
         reaper.join()
 
     assert swept > 3
-    assert (missing, destroyed) == ([[], [], []], [])
+    assert missing == [[], [], []]
+    assert [ref for ref in destroyed if ref.tenant] == [], "at most a name that was just being removed"
 
 
 def test_a_canary_that_somebody_destroys_does_fail(boundary: GvisorBoundary) -> None:
@@ -71,12 +72,13 @@ def test_a_canary_that_somebody_destroys_does_fail(boundary: GvisorBoundary) -> 
     destroyer = threading.Thread(target=destroy)
     destroyer.start()
     try:
-        (why,) = _canary(boundary)
+        missing = [why for _ in range(5) for why in _canary(boundary)]
     finally:
         stop.set()
         destroyer.join()
 
-    assert "canary" in why
+    assert missing
+    assert all("canary" in why for why in missing)
 
 
 def test_a_boundary_that_gets_its_name_while_it_is_listed_has_its_label(
