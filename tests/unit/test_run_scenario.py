@@ -18,6 +18,7 @@ from tests.contract.store_steps import add_tenant, told
 from tests.scenes import DEAF, RUN_OUT, Clock, Stage, Theatre, steps
 from workers.boundaries.fake import DyingBoundary, FakeBoundary, NeverReadyBoundary, ResistingBoundary
 from workers.run_scenario import ALWAYS_GRACE_S, allowed, run_waiting
+from workers.watch import Watch
 
 WHOLE_LIFE = ["run.queued", "run.provisioning", "run.running", "run.collecting", "run.finished", "boundary.destroyed"]
 PASSES = steps(["print", "hello"])
@@ -502,7 +503,7 @@ class TakenOver(MemoryStore):
         return super().requeue(run_id, fence, why=why, counts=counts)
 
 
-LOST_AT = {
+LOST_AT: dict[str, tuple[Callable[[], Stage], list[str], Phase, Reason | None]] = {
     "mark_running": (Stage, WHOLE_LIFE[:2], Phase.QUEUED, None),
     "mark_collecting": (Stage, WHOLE_LIFE[:3], Phase.FINISHED, Reason.WORKER_LOST),
     "finish": (Stage, WHOLE_LIFE[:4], Phase.FINISHED, Reason.WORKER_LOST),
@@ -618,18 +619,34 @@ def test_a_database_that_is_away_for_a_moment_costs_no_run() -> None:
 
 
 def test_a_database_that_stays_away_costs_the_run_and_never_the_wall() -> None:
-    store = Away("mark_collecting", times=10**9)
-    theatre = Theatre(store=store)
-
-    def tire() -> None:
-        theatre.stage.watch.lost = "no successful heartbeat"  # type: ignore[union-attr]
-
-    theatre.stage.acts["step"] = tire
+    theatre = Theatre(store=Away("finish", times=10**9))
+    theatre.stage.acts["closed"] = lose(theatre)
 
     run = theatre.play(PASSES)
 
-    assert run.phase is Phase.RUNNING
+    assert run.phase is Phase.COLLECTING, "the reconciler says what becomes of it"
     assert theatre.stage.is_empty
+
+
+def test_a_worker_that_fenced_itself_while_it_built_the_wall_does_not_put_the_run_back() -> None:
+    theatre = Theatre(stage=Stage(NeverReadyBoundary()))
+    theatre.stage.acts["opening"] = lose(theatre)
+
+    run = theatre.play(PASSES)
+
+    assert run.phase is Phase.PROVISIONING, "the reconciler says what becomes of it"
+    assert theatre.stage.is_empty
+
+
+def lose(theatre: Theatre) -> Callable[[], None]:
+    """As the watch does after a long silence."""
+
+    def act() -> None:
+        watch = theatre.stage.watch
+        assert isinstance(watch, Watch)
+        watch.lost = "no successful heartbeat for 20.0 s"
+
+    return act
 
 
 def test_what_could_not_be_recorded_as_destroyed_is_left_to_the_reaper() -> None:

@@ -196,7 +196,7 @@ def test_a_database_that_is_away_for_less_than_that_changes_nothing(store: Asked
 
 def test_looks_that_succeed_do_not_stand_for_renewals_that_fail(store: Asked, held: Claim) -> None:
     store.read_only = True
-    with watching(store, held, heartbeat=timedelta(milliseconds=10), self_fence=timedelta(milliseconds=40)) as watch:
+    with watching(store, held, heartbeat=timedelta(milliseconds=100), self_fence=timedelta(milliseconds=300)) as watch:
         eventually(watch.is_set)
 
         assert store.looks > 0

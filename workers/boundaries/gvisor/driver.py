@@ -182,6 +182,8 @@ class GvisorBoundary:
     def _make(
         self, spec: BoundarySpec, ref: BoundaryRef, place: Place, cancelled: Cancellation, stack: ExitStack
     ) -> tuple[GvisorSandbox, Supervised]:
+        supervised = self._supervisors.prepare()
+        stack.callback(supervised.close)
         group = self._cgroups.group(self._places.group_name(ref.name))
         group.create(group_limits(spec))
         memory_event = group.watch_memory()
@@ -198,7 +200,7 @@ class GvisorBoundary:
         config = render_config(spec, root, init=self._host.init, work=place.fs / "work", tmp=place.fs / "tmp")
         (place.bundle / "config.json").write_text(json.dumps(config))
         runsc_root_fd = self._open_directory(stack, place.runsc)
-        supervised = self._supervisors.launch(
+        supervised.launch(
             {
                 "argv": render_argv(self._host.runsc, directfs=self._host.directfs),
                 "env": _RUNSC_ENV,
@@ -207,7 +209,6 @@ class GvisorBoundary:
                 "deadline_s": max((ref.expires_at - datetime.now(UTC)).total_seconds(), 1.0),
             }
         )
-        stack.callback(supervised.close)
         with suppress(OSError, ProcessFailed):
             identify(self._host.runsc)  # once per binary, while the sandbox starts: no step has to wait for a digest
         _wait_ready(supervised, cancelled)

@@ -43,6 +43,13 @@ class Supervised:
     def fileno(self) -> int:
         return self._channel.fileno()
 
+    def launch(self, launch: Launch) -> None:
+        """Start what it is to supervise. Raises ProvisionFailed."""
+        try:
+            self._channel.send(json.dumps(launch).encode())
+        except OSError as error:
+            raise ProvisionFailed(f"no supervising process: {error}") from error
+
     def close(self) -> None:
         """The supervisor sees the end of file, and ends what is left."""
         self._channel.close()
@@ -98,13 +105,13 @@ class Supervisors:
         self._requests: socket.socket | None = None
         self._child: Child | None = None
 
-    def launch(self, launch: Launch) -> Supervised:
-        """Raises ProvisionFailed."""
+    def prepare(self) -> Supervised:
+        """A supervisor for one run, asked for before there is anything to supervise: its fork and our preparations go
+        on side by side. Raises ProvisionFailed."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
                 self._hand_over(theirs)
-                ours.send(json.dumps(launch).encode())
             except (OSError, ProcessFailed) as error:
                 ours.close()
                 raise ProvisionFailed(f"no supervising process: {error}") from error
