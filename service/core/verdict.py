@@ -19,6 +19,8 @@ from service.core.scenario import FileExpectation, Step, TextExpectation
 
 MAX_TEXT_BYTES = 16 * 1024
 MAX_ACTUAL_BYTES = 2 * 1024
+_MARKER = "\n[... a part is left out; {} bytes were printed ...]\n"
+_MARKER_BYTES = 80
 MAX_ACTUAL_DEPTH = 32
 MAX_JSON_FAILURES = 20
 MAX_STEP_FAILURES = 50
@@ -98,15 +100,22 @@ def judge_run(steps: Sequence[JudgedStep], *, cancelled_by: str | None = None, l
 
 
 def stream_text(capture: Capture) -> StreamText:
-    """At most 16 KiB of stored bytes as UTF-8 with replacement, head and tail; `bytes` counts all that was printed."""
-    data, half = capture.data, MAX_TEXT_BYTES // 2
-    if len(data) <= MAX_TEXT_BYTES and not capture.truncated:
-        return StreamText(text=data.decode("utf-8", "replace"), bytes=capture.total_bytes, truncated=False)
-    head = capture.head[:half]
-    tail = (capture.tail or capture.head[half:])[-half:]
-    marker = f"\n[... {capture.total_bytes - len(head) - len(tail)} bytes left out ...]\n"
-    text = head.decode("utf-8", "replace") + marker + tail.decode("utf-8", "replace")
-    return StreamText(text=text, bytes=capture.total_bytes, truncated=True)
+    """What was kept, as UTF-8 with replacement and at most 16 KiB of it, head and tail. `truncated`: that is not all;
+    `bytes` counts all that was printed."""
+    text = capture.data.decode("utf-8", "replace")
+    if len(text.encode()) <= MAX_TEXT_BYTES and not capture.truncated:
+        return StreamText(text=text, bytes=capture.total_bytes, truncated=False)
+    half = (MAX_TEXT_BYTES - _MARKER_BYTES) // 2
+    head = _encodable_to(half, capture.head.decode("utf-8", "replace"), from_end=False)
+    end = (capture.tail or capture.head).decode("utf-8", "replace")
+    tail = _encodable_to(half, end, from_end=True)
+    return StreamText(text=head + _MARKER.format(capture.total_bytes) + tail, bytes=capture.total_bytes, truncated=True)
+
+
+def _encodable_to(size: int, text: str, *, from_end: bool) -> str:
+    """As much of the text's beginning, or end, as `size` bytes of UTF-8 hold."""
+    data = text.encode()
+    return (data[-size:] if from_end else data[:size]).decode("utf-8", "ignore")
 
 
 def _judged(base: StepResult, failures: tuple[Failure, ...], *, tolerated: bool) -> JudgedStep:

@@ -10,6 +10,7 @@
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -66,10 +67,11 @@ class Place:
         for directory in (self.unlabelled, self.directory):
             for part in ("bundle", "runsc"):
                 _remove_flat(directory / part)
-            if (directory / "fs").is_dir():
+            with suppress(FileNotFoundError):  # not made yet, or another process removes it too
                 (directory / "fs").rmdir()
-            if directory.is_dir():
-                (directory / _REF).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                (directory / _REF).unlink()
+            with suppress(FileNotFoundError):
                 directory.rmdir()
 
     @property
@@ -93,9 +95,9 @@ def _soon(directory: Path) -> datetime:
 
 
 def _remove_flat(directory: Path) -> None:
-    if directory.is_dir():
+    with suppress(FileNotFoundError):  # as above
         for name in os.listdir(directory):
-            (directory / name).unlink(missing_ok=True)  # another process may be removing it too
+            (directory / name).unlink(missing_ok=True)
         directory.rmdir()
 
 
