@@ -2,6 +2,7 @@
 
 from service.adapters.sql.engine import Database, Synchronous
 from service.adapters.sql.idempotency import SqlIdempotency
+from service.adapters.sql.keeping import SqlKeeping
 from service.adapters.sql.line import SqlRunLine
 from service.adapters.sql.outbox import SqlOutbox
 from service.adapters.sql.runs import SqlRuns
@@ -9,8 +10,8 @@ from service.adapters.sql.tenants import SqlTenants
 from service.adapters.sql.workers import SqlWorkers
 
 
-class SqlStore(SqlRuns, SqlIdempotency, SqlRunLine, SqlTenants, SqlWorkers, SqlOutbox):
-    """RunStore, RunLine, TenantStore, WorkerStore and Outbox of `service.core.ports`.
+class SqlStore(SqlRuns, SqlIdempotency, SqlKeeping, SqlRunLine, SqlTenants, SqlWorkers, SqlOutbox):
+    """RunStore, RunLine, Retention, TenantStore, WorkerStore and Outbox of `service.core.ports`.
 
     `url` is SQLAlchemy's (`sqlite:///FILE`, `postgresql+psycopg://...`); `service.adapters.sql.migrate.upgrade` has
     made the tables. One may be made before a fork and used on both sides. `synchronous` is SQLite's: FULL survives

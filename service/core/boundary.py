@@ -236,7 +236,8 @@ class ArtifactSink(Protocol):
     """Where collected bytes go: content-addressed, so one that is cut short leaves nothing."""
 
     def put(self, source: BinaryIO, *, max_bytes: int) -> tuple[str, int]:
-        """Copy until end of file; -> (sha256 hex, bytes). Raises TooLarge beyond max_bytes, and keeps nothing then."""
+        """Copy until end of file; -> (sha256 hex, bytes). Raises TooLarge beyond max_bytes, and keeps nothing then;
+        QuotaExceeded when the tenant's storage has no room for it, which makes it a skipped artifact and no error."""
         ...
 
 

@@ -41,6 +41,14 @@ class Page(_Frozen):
     """The id of the last item when there are more: the next page starts before it."""
 
 
+class Kept(_Frozen):
+    """A run, and where the bytes are that its record does not carry. `purged`: its blobs were given up for their age."""
+
+    run: Run
+    outputs: Mapping[str, str]
+    purged: bool
+
+
 class RunStore(Protocol):
     """Runs as their owners see them. `tenant=None` is for operators; otherwise another tenant's run is NotFound."""
 
@@ -55,10 +63,11 @@ class RunStore(Protocol):
 
     def submit(
         self, run: Run, scenario: Scenario, bundle: Bundle | None, *, max_queued: int,
-        idempotency: tuple[str, str, str] | None = None,
+        idempotency: tuple[str, str, str] | None = None, max_stored: int | None = None,
     ) -> Run:  # fmt: skip
         """Insert the run and its queued event in ONE transaction, with (key, token, content digest) completed by the
-        run's JSON as the answer. Raises QuotaExceeded when the tenant has `max_queued` runs waiting, atomically.
+        run's JSON as the answer. Raises QuotaExceeded when the tenant has `max_queued` runs waiting, or when its blobs
+        would come to more than `max_stored` bytes with a bundle that it does not have yet, atomically.
         -> the run with created_at and queue_position as stored."""
         ...
 
@@ -78,6 +87,10 @@ class RunStore(Protocol):
     def delete_run(self, run_id: str, tenant: str | None) -> tuple[str, ...]:
         """-> the blob names that no other run of the tenant uses any more. Its events stay in the outbox. Raises
         Conflict(not_finished)."""
+        ...
+
+    def get_kept(self, run_id: str, tenant: str | None) -> "Kept":
+        """As `get_run`, with what else is kept."""
         ...
 
     def finished_among(self, run_ids: Iterable[str]) -> frozenset[str]:
@@ -143,6 +156,10 @@ class RunLine(Protocol):
         recorded before or the run is unknown."""
         ...
 
+    def storage_left(self, tenant: str) -> int:
+        """Bytes of blobs that the tenant may still add; 0 when its quota is used up."""
+        ...
+
     def waiting(self, boundaries: Sequence[str]) -> bool:
         """True when some run waits that a worker for these boundaries could claim now."""
         ...
@@ -172,6 +189,40 @@ class RunLine(Protocol):
 
     def now(self) -> datetime:
         """The database's clock, aware UTC."""
+        ...
+
+
+# --- retention -------------------------------------------------------------------------------------------------------
+
+
+class Expired(_Frozen):
+    """A finished run that has reached an age."""
+
+    run_id: str
+    tenant: str
+
+
+class Retention(Protocol):
+    """What is given up because it is old. Ages are counted from the run's end."""
+
+    def expired(
+        self, *, older_than: timedelta, with_blobs: bool = False, after: str | None = None, limit: int = 500
+    ) -> Sequence[Expired]:
+        """Finished runs of that age, by id; `after` is the last id seen. `with_blobs`: only those whose blobs were not
+        given up yet."""
+        ...
+
+    def delete_run(self, run_id: str, tenant: str | None) -> tuple[str, ...]:
+        """As in RunStore."""
+        ...
+
+    def give_up_blobs(self, run_id: str) -> tuple[str, ...]:
+        """Note that the finished run's blobs are purged. -> those that no other run of its tenant uses. A run that is
+        not there, or not finished, has none."""
+        ...
+
+    def purge_idempotency(self, *, dry_run: bool) -> int:
+        """Forget the keys that are free again by their age (24 h). -> how many."""
         ...
 
 

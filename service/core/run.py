@@ -152,7 +152,11 @@ class Run(_Frozen):
 
 
 class Result(_Frozen):
-    """What `finish` records, in one transaction with its event."""
+    """What `finish` records, in one transaction with its event.
+
+    `outputs`: the blob of each stream that has one, by `output_name`, and `output_bytes` its size by the same name. They
+    are kept beside the run and are no part of what its owner is shown.
+    """
 
     verdict: Verdict
     steps: tuple[StepResult, ...] = ()
@@ -160,3 +164,22 @@ class Result(_Frozen):
     artifacts: tuple[Artifact, ...] = ()
     skipped_artifacts: tuple[SkippedArtifact, ...] = ()
     evidence: Mapping[str, Any] | None = None
+    outputs: Mapping[str, str] = {}
+    output_bytes: Mapping[str, int] = {}
+
+    def shown(self) -> dict[str, Any]:
+        """What the run takes over as it is; outcome, reason and message come from the verdict."""
+        return {name: value for name, value in self if name not in _KEPT_APART}
+
+    def blobs(self) -> dict[str, int]:
+        """Every blob that the run uses because of this result, by digest, with its size."""
+        sizes = {f"sha256:{artifact.sha256}": artifact.bytes for artifact in self.artifacts}
+        return sizes | {digest: self.output_bytes.get(name, 0) for name, digest in self.outputs.items()}
+
+
+_KEPT_APART = frozenset({"verdict", "outputs", "output_bytes"})
+
+
+def output_name(n: int, stream: str) -> str:
+    """`1.stdout`: what `Result.outputs` calls a step's stream."""
+    return f"{n}.{stream}"

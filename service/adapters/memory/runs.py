@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from datetime import timedelta
 
-from service.adapters.memory.state import MemoryState, StoredRun, Taken
+from service.adapters.memory.keeping import IDEMPOTENCY_KEPT, MemoryKeeping
+from service.adapters.memory.state import StoredRun, Taken
 from service.core.boundary import Bundle
 from service.core.errors import Conflict, IdempotencyInFlight, NotFound, QuotaExceeded
 from service.core.events import EventType
@@ -13,14 +14,12 @@ from service.core.ports import IdempotencyClaim, Page
 from service.core.run import Outcome, Phase, Result, Run
 from service.core.scenario import Scenario
 
-_KEPT = timedelta(hours=24)
 
-
-class MemoryRuns(MemoryState):
+class MemoryRuns(MemoryKeeping):
     def begin_idempotent(self, tenant: str, key: str, *, stale_after: timedelta) -> IdempotencyClaim:
         with self._lock:
             held, now = self._idempotency.get((tenant, key)), self.now()
-            if held is None or held.at < now - _KEPT or (held.answer is None and held.at < now - stale_after):
+            if held is None or held.at < now - IDEMPOTENCY_KEPT or (held.answer is None and held.at < now - stale_after):
                 taken = self._idempotency[tenant, key] = Taken(token=new_id("idem"), at=now)
                 return IdempotencyClaim(token=taken.token)
             if held.answer is None:
@@ -35,7 +34,7 @@ class MemoryRuns(MemoryState):
 
     def submit(
         self, run: Run, scenario: Scenario, bundle: Bundle | None, *, max_queued: int,
-        idempotency: tuple[str, str, str] | None = None,
+        idempotency: tuple[str, str, str] | None = None, max_stored: int | None = None,
     ) -> Run:  # fmt: skip
         with self._lock:
             owner = self._tenants.get(run.tenant)
@@ -44,6 +43,8 @@ class MemoryRuns(MemoryState):
             waiting = [s for s in self._runs.values() if s.run.phase is Phase.QUEUED]
             if sum(s.run.tenant == run.tenant for s in waiting) >= max_queued:
                 raise QuotaExceeded(f"{max_queued} runs of tenant {run.tenant} are waiting already")
+            if bundle is not None and max_stored is not None:
+                self._insist_on_room(run.tenant, bundle, max_stored=max_stored)
             taken = self._idempotency.get((run.tenant, idempotency[0])) if idempotency else None
             if idempotency and (taken is None or taken.token != idempotency[1] or taken.answer is not None):
                 raise IdempotencyInFlight("a request with this Idempotency-Key is still being answered")
@@ -51,7 +52,7 @@ class MemoryRuns(MemoryState):
             pathless = bundle and bundle.model_copy(update={"path": None})
             stored = StoredRun(run=queued, scenario=scenario, bundle=pathless, queued_at=self.now())
             if bundle is not None:
-                stored.blobs.add(bundle.digest)
+                stored.blobs[bundle.digest] = bundle.bytes_
             self._runs[run.id] = stored
             self._write(stored, EventType.QUEUED, fence=0)
             shown = self._shown(stored)
@@ -94,8 +95,7 @@ class MemoryRuns(MemoryState):
             if stored.run.phase is not Phase.FINISHED:
                 raise Conflict("only a finished run can be deleted", code="not_finished")
             del self._runs[run_id]
-            others = [other.blobs for other in self._runs.values() if other.run.tenant == stored.run.tenant]
-            return tuple(sorted(stored.blobs.difference(*others)))
+            return self._unshared(stored)
 
     def finished_among(self, run_ids: Iterable[str]) -> frozenset[str]:
         with self._lock:

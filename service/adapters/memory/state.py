@@ -30,7 +30,9 @@ class StoredRun:
     lease_until: datetime | None = None
     site: str | None = None
     cancel_requested_by: str | None = None
-    blobs: set[str] = field(default_factory=set)
+    blobs: dict[str, int] = field(default_factory=dict)
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    blobs_purged: bool = False
 
     @property
     def claimable(self) -> bool:
@@ -132,10 +134,9 @@ class MemoryState:
 
     def _end(self, stored: StoredRun, result: Result) -> None:
         stored.lease_until = None
-        stored.blobs |= {f"sha256:{artifact.sha256}" for artifact in result.artifacts}
-        verdict = result.verdict
-        seen = {name: value for name, value in result if name != "verdict"}
-        self._move(stored, Phase.FINISHED, finished_at=self.now(), **dict(verdict), **seen)
+        stored.blobs |= result.blobs()
+        stored.outputs = dict(result.outputs)
+        self._move(stored, Phase.FINISHED, finished_at=self.now(), **dict(result.verdict), **result.shown())
 
     def _write(self, stored: StoredRun, type_: EventType, *, fence: int, more: Mapping[str, Any] | None = None) -> None:
         run = stored.run

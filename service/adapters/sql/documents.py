@@ -93,7 +93,7 @@ def run_of(row: sa.Row[Any], *, result: Result | None = None, queue_position: in
     head = Head.model_validate_json(fields["head"])
     ended: Mapping[str, Any] = {}
     if result is not None:
-        ended = {name: value for name, value in result if name != "verdict"} | {"message": result.verdict.message}
+        ended = result.shown() | {"message": result.verdict.message}
     return Run(
         id=fields["id"],
         tenant=fields["tenant"],

@@ -18,7 +18,8 @@ from service.adapters.sql.documents import (
 from service.adapters.sql.engine import db_now
 from service.adapters.sql.events import write_phase
 from service.adapters.sql.idempotency import complete
-from service.adapters.sql.schema import IS_QUEUED, run, run_blob, run_input, tenant
+from service.adapters.sql.keeping import insist_on_room, unshared
+from service.adapters.sql.schema import IS_QUEUED, run, run_input, tenant
 from service.adapters.sql.transitions import SqlPart, cancel_queued, use_blobs
 from service.core.boundary import Bundle
 from service.core.errors import Conflict, NotFound, QuotaExceeded
@@ -56,7 +57,7 @@ _not_internal = sa.func.substr(run.c.tenant, 1, 1) != "_"
 class SqlRuns(SqlPart):
     def submit(
         self, run: Run, scenario: Scenario, bundle: Bundle | None, *, max_queued: int,
-        idempotency: tuple[str, str, str] | None = None,
+        idempotency: tuple[str, str, str] | None = None, max_stored: int | None = None,
     ) -> Run:  # fmt: skip
         installation = self.installation_id()
         boundary = run.placement.boundary
@@ -69,6 +70,8 @@ class SqlRuns(SqlPart):
             queue = connection.execute(_queue, question).one()
             if queue.own >= max_queued:
                 raise QuotaExceeded(f"{max_queued} runs of tenant {run.tenant} are waiting already")
+            if bundle is not None and max_stored is not None:
+                insist_on_room(connection, run.tenant, bundle, max_stored=max_stored)
             fresh = {
                 "phase": Phase.QUEUED, "outcome": None, "reason": None, "attempt": 0, "created_at": queue.at,
                 "queue_position": queue.ahead + 1,
@@ -83,7 +86,7 @@ class SqlRuns(SqlPart):
             brought = {"run_id": run.id, "scenario": scenario_text(scenario), "bundle": bundle_text(bundle)}
             connection.execute(_insert_input, brought)
             if bundle is not None:
-                use_blobs(connection, stored, {bundle.digest})
+                use_blobs(connection, stored, {bundle.digest: bundle.bytes_})
             write_phase(
                 connection, stored, installation=installation, seq=1, fence=0, at=queue.at, type_=EventType.QUEUED
             )
@@ -130,22 +133,15 @@ class SqlRuns(SqlPart):
             return run_of(connection.execute(_one, {"b_run_id": run_id}).one())
 
     def delete_run(self, run_id: str, tenant: str | None) -> tuple[str, ...]:
-        other = run_blob.alias("other")
-        used_elsewhere = (
-            sa.select(other.c.run_id)
-            .where(other.c.tenant == run_blob.c.tenant, other.c.digest == run_blob.c.digest, other.c.run_id != run_id)
-            .exists()
-        )
-        unused = sa.select(run_blob.c.digest).where(run_blob.c.run_id == run_id, ~used_elsewhere)
         with self._db.write() as connection:
             owner = _owner(connection, run_id, tenant)
             # As in `submit`: a run of the same tenant that is being stored now may use the same blob.
             connection.execute(_lock_tenant, {"b_tenant": owner})
             if _locked(connection, run_id, tenant) is not Phase.FINISHED:
                 raise Conflict("only a finished run can be deleted", code="not_finished")
-            digests = connection.scalars(unused.order_by(run_blob.c.digest)).all()
+            digests = unshared(connection, run_id)
             connection.execute(sa.delete(run).where(run.c.id == run_id))
-        return tuple(digests)
+        return digests
 
     def finished_among(self, run_ids: Iterable[str]) -> frozenset[str]:
         asked = frozenset(run_ids)

@@ -36,6 +36,8 @@ IS_QUEUED = "phase = 'queued'"
 IS_ACTIVE = "phase IN ('provisioning', 'running', 'collecting')"
 IS_CLAIMABLE = "phase = 'queued' AND fence = destroyed_fence"
 NOT_KNOWN_GONE = "fence > destroyed_fence"
+HAS_ENDED = "finished_at IS NOT NULL"
+KEEPS_BLOBS = "finished_at IS NOT NULL AND blobs_purged_at IS NULL"
 
 
 def indexed_by(name: str) -> str:
@@ -110,6 +112,7 @@ run = Table(
     Column("started_at", Instant),
     Column("finished_at", Instant),
     Column("boundary_destroyed_at", Instant),
+    Column("blobs_purged_at", Instant),  # its blobs were given up for their age; the record stays
     Column("head", Text, nullable=False),  # JSON `documents.Head`: what was said at submission and never changes
     Index("ix_run_tenant_id", "tenant", "id"),
     Index("ix_run_tenant_phase_id", "tenant", "phase", "id"),
@@ -125,6 +128,10 @@ run = Table(
           sqlite_where=text("lease_until IS NOT NULL"), postgresql_where=text("lease_until IS NOT NULL")),
     Index("ix_run_not_known_gone", "site", "id",
           sqlite_where=text(NOT_KNOWN_GONE), postgresql_where=text(NOT_KNOWN_GONE)),
+    Index("ix_run_finished_at", "finished_at", "id",
+          sqlite_where=text(HAS_ENDED), postgresql_where=text(HAS_ENDED)),
+    Index("ix_run_keeps_blobs", "finished_at", "id",
+          sqlite_where=text(KEEPS_BLOBS), postgresql_where=text(KEEPS_BLOBS)),
 )  # fmt: skip
 
 # Apart from `run`, so that a change of phase does not rewrite megabytes.
@@ -141,13 +148,15 @@ run_result = Table(
     Column("result", Text, nullable=False),
 )  # fmt: skip
 
-# Which blobs a run uses: what nobody uses any more may be deleted.
+# Which blobs a run uses: what nobody uses any more may be deleted. With the size in the index, a tenant's storage is
+# summed without looking at the rows.
 run_blob = Table(
     "run_blob", metadata,
     Column("run_id", Text, ForeignKey("run.id", ondelete="CASCADE"), primary_key=True),
     Column("digest", Text, primary_key=True),
     Column("tenant", Text, nullable=False),
-    Index("ix_run_blob_tenant_digest", "tenant", "digest"),
+    Column("bytes", BigInteger, nullable=False),
+    Index("ix_run_blob_tenant_digest_bytes", "tenant", "digest", "bytes"),
 )  # fmt: skip
 
 idempotency = Table(

@@ -134,7 +134,7 @@ def end(
         return None
     finished = run_of(row, result=result)
     connection.execute(_insert_result, {"run_id": finished.id, "result": result.model_dump_json()})
-    use_blobs(connection, finished, {f"sha256:{artifact.sha256}" for artifact in result.artifacts})
+    use_blobs(connection, finished, result.blobs())
     write_phase(connection, finished, installation=installation, seq=row.last_seq, fence=row.fence, at=row.at)
     return finished
 
@@ -149,9 +149,12 @@ def only(verdict: Verdict) -> Result:
     return Result(verdict=verdict)
 
 
-def use_blobs(connection: sa.Connection, of: Run, digests: Iterable[str]) -> None:
+def use_blobs(connection: sa.Connection, of: Run, sizes: Mapping[str, int]) -> None:
     """Note what a run uses; the bundle it brought may come back as an artifact, and is noted already."""
     brought = {of.bundle.digest} if of.bundle is not None and of.phase is Phase.FINISHED else frozenset[str]()
-    rows = [{"run_id": of.id, "digest": digest, "tenant": of.tenant} for digest in sorted(set(digests) - brought)]
+    rows = [
+        {"run_id": of.id, "digest": digest, "tenant": of.tenant, "bytes": sizes[digest]}
+        for digest in sorted(sizes.keys() - brought)
+    ]
     if rows:
         connection.execute(_insert_blobs, rows)

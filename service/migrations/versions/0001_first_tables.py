@@ -111,6 +111,7 @@ def _runs() -> None:
         sa.Column("started_at", sa.BigInteger()),
         sa.Column("finished_at", sa.BigInteger()),
         sa.Column("boundary_destroyed_at", sa.BigInteger()),
+        sa.Column("blobs_purged_at", sa.BigInteger()),
         sa.Column("head", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(["tenant"], ["tenant.name"], name="fk_run_tenant"),
         sa.PrimaryKeyConstraint("id", name="pk_run"),
@@ -123,6 +124,13 @@ def _runs() -> None:
     )
     op.create_index("ix_run_lease_until", "run", ["lease_until"], **_only("lease_until IS NOT NULL"))
     op.create_index("ix_run_not_known_gone", "run", ["site", "id"], **_only("fence > destroyed_fence"))
+    op.create_index("ix_run_finished_at", "run", ["finished_at", "id"], **_only("finished_at IS NOT NULL"))
+    op.create_index(
+        "ix_run_keeps_blobs",
+        "run",
+        ["finished_at", "id"],
+        **_only("finished_at IS NOT NULL AND blobs_purged_at IS NULL"),
+    )
     op.create_index("ix_run_queued", "run", ["id"], **_only("phase = 'queued'"))
     op.create_index("ix_run_queue", "run", ["boundary", "id", "phase"], **_only("phase = 'queued'"))
     op.create_index("ix_run_tenant_id", "run", ["tenant", "id"])
@@ -148,10 +156,11 @@ def _runs() -> None:
         sa.Column("run_id", sa.Text(), nullable=False),
         sa.Column("digest", sa.Text(), nullable=False),
         sa.Column("tenant", sa.Text(), nullable=False),
+        sa.Column("bytes", sa.BigInteger(), nullable=False),
         sa.ForeignKeyConstraint(["run_id"], ["run.id"], name="fk_run_blob_run_id", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("run_id", "digest", name="pk_run_blob"),
     )
-    op.create_index("ix_run_blob_tenant_digest", "run_blob", ["tenant", "digest"])
+    op.create_index("ix_run_blob_tenant_digest_bytes", "run_blob", ["tenant", "digest", "bytes"])
     op.create_table(
         "idempotency",
         sa.Column("tenant", sa.Text(), nullable=False),
