@@ -59,6 +59,11 @@ class Settings(BaseSettings):
     worker_fresh_s: Seconds = Field(90.0, description="a worker that was silent for longer is not counted on")
     relay_lease_s: Seconds = Field(10.0, description="lease of the one relay that publishes")
 
+    keep_runs_s: Seconds = Field(30 * 86400.0, description="a finished run is deleted after that time")
+    keep_blobs_s: Seconds = Field(
+        7 * 86400.0, description="bundle, output and artifacts of a finished run are deleted after that time"
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of the structured logs")
 
     @field_validator("policy_file", "bus_url", mode="before")

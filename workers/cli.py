@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import structlog
 import typer
@@ -19,6 +19,10 @@ from rich.table import Table
 from service.core.boundary import BoundaryKind, Capabilities
 from service.core.errors import BlastdoorError
 from service.core.placement import OFFERS
+from workers.conformance import report
+from workers.conformance.corpus import CASES
+from workers.conformance.run import Arena, Result, judge_all
+from workers.conformance.stage import set_stage
 from workers.registry import DRIVERS, Warmable, load
 from workers.runtimes.import_rootfs import import_directory, import_oci_layout
 from workers.runtimes.store import RuntimeStore
@@ -61,17 +65,26 @@ def doctor(
     state_dir: StateDir,
     runtime_dir: RuntimeDir = Path("/run/blastdoor"),
     runsc: Runsc = Path("/usr/bin/runsc"),
+    attack: Annotated[
+        bool, typer.Option("--attack", help="Play every known attack in each, with its control.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say which boundaries this host can build, and for each that it cannot, why and how to get it.
 
     Every line was measured just now: for gVisor a real sandbox was started and asked.
 
+    --attack (as root) plays the corpus of attacks in every boundary that can be built here, and prints case by
+    boundary: blocked; vacuous, when the positive control did not fire and so nothing is shown; or FAILED. Status 0:
+    all blocked.
+
     Examples:  blastdoor doctor    |    blastdoor doctor --json | jq '.boundaries[] | select(.available)'
     """
     # Standard output is the answer; what drivers log goes elsewhere.
     structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
     host = ThisHost(state_dir, runtime_dir, runsc, installation=f"doctor{os.getpid()}", site=socket.gethostname())
+    if attack:
+        _attack(host, as_json=as_json)
     try:
         rows = [row for kind in DRIVERS for row in _probed(kind, host)]
     finally:
@@ -96,6 +109,47 @@ def _probed(kind: BoundaryKind, host: ThisHost) -> Sequence[Capabilities]:
     finally:
         if isinstance(boundary, Warmable):
             boundary.close()
+
+
+def _attack(host: ThisHost, *, as_json: bool) -> NoReturn:
+    """Ends the command: 0 when everything was blocked, 2 without root, 3 when no boundary can be built, else 1."""
+    if os.geteuid() != 0:
+        typer.echo(
+            "blastdoor: doctor --attack needs root: it builds real boundaries and looks at them from the host", err=True
+        )
+        raise typer.Exit(2)
+    results: list[Result] = []
+    not_built: dict[str, list[str]] = {}
+    try:
+        with set_stage() as stage:  # before any driver: what it starts would inherit the canaries
+            for kind in DRIVERS:
+                boundary = load(kind, host)
+                try:
+                    for row in boundary.probe():
+                        if not row.available:
+                            not_built[row.boundary] = list(row.missing)
+                            continue
+                        arena = Arena(
+                            boundary, stage, name=row.boundary, installation=host.installation, site=host.site
+                        )
+                        results += judge_all(arena, CASES, progress=_say_progress)
+                finally:
+                    if isinstance(boundary, Warmable):
+                        boundary.close()
+    finally:
+        with suppress(OSError):
+            (host.runtime_dir / host.installation).rmdir()
+    if as_json:
+        typer.echo(json.dumps(report.document(results, not_built=not_built)))
+    else:
+        for name, missing in not_built.items():
+            typer.echo(f"{name} cannot be built here: {'; '.join(missing)}")
+        Console(soft_wrap=True).print(report.matrix(results))
+    raise typer.Exit(0 if report.held(results) else 1 if results else 3)
+
+
+def _say_progress(result: Result) -> None:
+    typer.echo(report.progress_line(result), err=True)
 
 
 def _no_driver(kind: BoundaryKind) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import structlog
 
@@ -21,13 +21,23 @@ from service.core.boundary import (
     BoundaryRef,
     BoundarySpec,
     Ended,
+    Execution,
     Sandbox,
     StepSpec,
 )
-from service.core.errors import BoundaryLost, LeaseLost, NotYetDestroyed, ProvisionFailed, Unavailable
+from service.core.errors import (
+    BoundaryLost,
+    LeaseLost,
+    NotYetDestroyed,
+    ProvisionFailed,
+    QuotaExceeded,
+    StorageFull,
+    TooLarge,
+    Unavailable,
+)
 from service.core.lease import cancelled as cancelled_verdict
 from service.core.ports import Blobs, Claim, Doorbell, Hints, RunLine
-from service.core.run import Outcome, Reason, Result, Verdict
+from service.core.run import Outcome, Reason, Result, Verdict, output_name
 from service.core.scenario import Step
 from service.core.verdict import JudgedStep, judge_files, judge_run, judge_step, skipped
 from workers.watch import Watch, WatchTimes
@@ -37,6 +47,7 @@ ALWAYS_GRACE_S = 10.0
 _TEARDOWN_S = 60.0
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +68,53 @@ class Line:
     times: WatchTimes
 
 
-@dataclass(frozen=True)
-class _Sink:
-    """Artifacts go to the tenant's blobs."""
+@dataclass
+class _Storage:
+    """What the run leaves goes to its tenant's blobs, as far as the quota goes: what does not fit is left out and said,
+    since a full store is not the fault of the code that ran. Two runs of a tenant that end at once may both have the
+    last room: the next bundle is refused then.
+
+    A step's output is stored as soon as the step is over. A hundred steps' streams would be 200 MiB of our memory.
+    """
 
     blobs: Blobs
     tenant: str
+    left_bytes: int = 0
+    used_bytes: int = 0
+    outputs: dict[str, str] = field(default_factory=dict)
+    output_bytes: dict[str, int] = field(default_factory=dict)
+
+    def look(self, line: "Line", watch: Watch) -> None:
+        """Ask how much there is room for; what this run has put is recorded only when it finishes."""
+        self.left_bytes = _insist(watch, lambda: line.runs.storage_left(self.tenant)) - self.used_bytes
 
     def put(self, source: BinaryIO, *, max_bytes: int) -> tuple[str, int]:
-        digest, size = self.blobs.put_stream(self.tenant, source, max_bytes=max_bytes)
+        room = min(max_bytes, max(self.left_bytes, 0))
+        try:
+            digest, size = self.blobs.put_stream(self.tenant, source, max_bytes=room)
+        except TooLarge as error:
+            if room < max_bytes:
+                raise QuotaExceeded(f"tenant {self.tenant} may keep {room} bytes more") from error
+            raise
+        self._count(size)
         return digest.removeprefix("sha256:"), size
+
+    def put_output(self, n: int, execution: Execution) -> None:
+        for stream, capture in (("stdout", execution.stdout), ("stderr", execution.stderr)):
+            data = capture.data
+            if not data or len(data) > self.left_bytes:
+                continue
+            try:
+                digest = self.blobs.put_bytes(self.tenant, data)
+            except StorageFull as error:
+                log.warning("a step's output was not kept", step=n, stream=stream, error=str(error))
+                continue
+            self.outputs[output_name(n, stream)], self.output_bytes[output_name(n, stream)] = digest, len(data)
+            self._count(len(data))
+
+    def _count(self, size: int) -> None:
+        self.left_bytes -= size
+        self.used_bytes += size
 
 
 @dataclass
@@ -113,6 +161,7 @@ def _play_through(line: Line, claim: Claim, boundary: Boundary, ref: BoundaryRef
     run, fence = claim.run, claim.fence
     logger = log.bind(run_id=run.id, fence=fence)
     played = _Played()
+    storage = _Storage(line.blobs, run.tenant)
     spec = BoundarySpec(limits=run.controls.limits, network=run.controls.network, runtime=claim.scenario.runtime)
     try:
         with boundary.open(spec, ref, cancelled=watch) as sandbox:
@@ -121,10 +170,12 @@ def _play_through(line: Line, claim: Claim, boundary: Boundary, ref: BoundaryRef
                 sandbox.upload(claim.bundle.model_copy(update={"path": bundle_path}))
             _insist(watch, lambda: line.runs.mark_running(run.id, fence))
             line.hints.hint("run", run.id)
-            _play(claim, sandbox, watch, played)
+            storage.look(line, watch)
+            _play(claim, sandbox, watch, played, storage)
             watch.raise_if_lost()
             _insist(watch, lambda: line.runs.mark_collecting(run.id, fence))
-            result = _collected(line, claim, sandbox, watch, played)
+            storage.look(line, watch)
+            result = _collected(claim, sandbox, watch, played, storage)
         _insist(watch, lambda: line.runs.finish(run.id, fence, result))
     except ProvisionFailed as failed:
         watch.raise_if_lost()
@@ -140,25 +191,26 @@ def _play_through(line: Line, claim: Claim, boundary: Boundary, ref: BoundaryRef
     except Exception as error:
         # Ours to answer for: the owner learns `internal`, the operator reads the traceback.
         logger.exception("the worker failed on this run")
-        errored = Result(verdict=_errored(error), steps=tuple(s.result for s in played.steps))
+        errored = Result(
+            verdict=_errored(error), steps=tuple(s.result for s in played.steps), outputs=storage.outputs,
+            output_bytes=storage.output_bytes,
+        )  # fmt: skip
         _insist(watch, lambda: line.runs.finish(run.id, fence, errored))
     finally:
         line.hints.hint("run", run.id)
         line.hints.hint("outbox", run.id)
 
 
-def _insist(watch: Watch, write: Callable[[], object]) -> None:
+def _insist(watch: Watch, ask: Callable[[], T]) -> T:
     """A database that is away for a moment is no reason to throw a run away: again, for as long as the lease is ours.
     Raises LeaseLost, also when the answer to a write that was made got lost."""
     while True:
         try:
-            write()
+            return ask()
         except Unavailable as error:
             log.warning("cannot write now; again in a moment", error=str(error))
             watch.raise_if_lost()
             watch.pause()
-        else:
-            return
 
 
 def _errored(error: Exception) -> Verdict:
@@ -167,7 +219,7 @@ def _errored(error: Exception) -> Verdict:
     return Verdict(outcome=Outcome.ERRORED, reason=Reason.INTERNAL, message="an error inside the platform")
 
 
-def _play(claim: Claim, sandbox: Sandbox, watch: Watch, played: _Played) -> None:
+def _play(claim: Claim, sandbox: Sandbox, watch: Watch, played: _Played, storage: _Storage) -> None:
     """One step after another. Wall time counts from here; what of it is left bounds each step."""
     scenario, wall_s = claim.scenario, claim.run.controls.limits.wall.total_seconds()
     started = time.monotonic()
@@ -184,6 +236,7 @@ def _play(claim: Claim, sandbox: Sandbox, watch: Watch, played: _Played) -> None
         execution = sandbox.execute(spec)
         if wall_is_next and execution.ended is Ended.STEP_TIMEOUT:
             execution = execution.model_copy(update={"ended": Ended.WALL_TIMEOUT})
+        storage.put_output(n, execution)
         judged = judge_step(n, step, execution)
         played.steps.append(judged)
         stopped = stopped or judged.stops
@@ -201,7 +254,7 @@ def allowed(step: Step, *, left_s: float, stopped: bool) -> tuple[float, bool]:
     return max(min(own_s, left_s), 0.001), own_s >= left_s
 
 
-def _collected(line: Line, claim: Claim, sandbox: Sandbox, watch: Watch, played: _Played) -> Result:
+def _collected(claim: Claim, sandbox: Sandbox, watch: Watch, played: _Played, storage: _Storage) -> Result:
     """End the guest, read what it left, and judge. A cancelled run has no artifacts, however late that was said."""
     try:
         evidence = sandbox.evidence().model_dump(mode="json")
@@ -210,7 +263,7 @@ def _collected(line: Line, claim: Claim, sandbox: Sandbox, watch: Watch, played:
     expected = tuple(path for step in claim.scenario.steps for path in step.expect.files)
     limits = ArtifactLimits(total_bytes=claim.run.controls.limits.artifacts, expected=expected)
     patterns = () if watch.cancelled_by else claim.scenario.artifacts
-    found: Artifacts = sandbox.collect(patterns, limits=limits, sink=_Sink(line.blobs, claim.run.tenant))
+    found: Artifacts = sandbox.collect(patterns, limits=limits, sink=storage)
     steps = [
         judge_files(judged, step, found.expected)
         for judged, step in zip(played.steps, claim.scenario.steps, strict=True)
@@ -224,6 +277,8 @@ def _collected(line: Line, claim: Claim, sandbox: Sandbox, watch: Watch, played:
         artifacts=() if cancelled_by else found.kept,
         skipped_artifacts=() if cancelled_by else found.skipped,
         evidence=evidence,
+        outputs=storage.outputs,
+        output_bytes=storage.output_bytes,
     )
 
 

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from service.api import admin, capabilities, errors, health, runs, tenants
+from service.api import admin, capabilities, downloads, errors, health, runs, tenants
 from service.api.context import Context, Deps
 from service.api.frame import Frame
 
@@ -32,6 +32,6 @@ def build(deps: Deps) -> FastAPI:
     app.state.context = context
     errors.install(app)
     app.add_middleware(Frame, bounds=deps.bounds)
-    for part in (runs, capabilities, tenants, admin, health):
+    for part in (runs, downloads, capabilities, tenants, admin, health):
         app.include_router(part.router)
     return app

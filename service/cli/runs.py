@@ -1,7 +1,8 @@
-"""`blastdoor runs`: what was run, one run in full, cancel."""
+"""`blastdoor runs`: what was run, one run in full, what it printed and left, cancel."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from service.cli.connection import ActingFor, AsJson, Key, State, Url, connected, is_asked_itself
 from service.cli.printing import make_console, outcome_text, print_json, print_line, print_table, quoted
 from service.cli.report import print_run
+from service.cli.saving import save_artifacts, write_output
 
 runs = typer.Typer(rich_markup_mode="rich", invoke_without_command=True)
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, run_...")]
@@ -29,7 +31,7 @@ def list_runs(
     tenant: ActingFor = None,
     as_json: AsJson = False,
 ) -> None:
-    """List your runs, newest first; show or cancel one.
+    """List your runs, newest first; show or cancel one; fetch what it printed and left.
 
     [bold]Examples[/bold]
 
@@ -38,6 +40,8 @@ def list_runs(
       blastdoor runs show run_0192f0c1d2e37a4b8c9d0e1f2a3b4c5d
 
       blastdoor runs cancel run_0192f0c1d2e37a4b8c9d0e1f2a3b4c5d
+
+      blastdoor runs output run_0192f0c1d2e37a4b8c9d0e1f2a3b4c5d 2 --stderr
     """
     if not is_asked_itself(context):
         return
@@ -93,6 +97,48 @@ def cancel(
     finished = found["phase"] == "finished"
     words = (" is finished: ", outcome_text(found["outcome"])) if finished else (" is being cancelled",)
     print_line(make_console(), quoted(found["id"]), *words)
+
+
+@runs.command()
+def output(
+    context: typer.Context,
+    run: RunId,
+    step: Annotated[int, typer.Argument(min=1, help="The step's number, from 1.")],
+    stderr: Annotated[bool, typer.Option("--stderr", help="What it printed as errors.")] = False,
+    url: Url = None,
+    key: Key = None,
+    state: State = None,
+    tenant: ActingFor = None,
+) -> None:
+    """All that was kept of what a step printed: byte for byte into a pipe or file, made harmless on a terminal."""
+    stream = "stderr" if stderr else "stdout"
+    with (
+        connected(context, "tenant", url=url, key=key, state=state, tenant=tenant) as client,
+        client.output(run, step, stream=stream) as pieces,
+    ):
+        write_output(pieces)
+
+
+@runs.command()
+def artifacts(
+    context: typer.Context,
+    run: RunId,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory to save them in.")] = Path(
+        "artifacts"
+    ),
+    url: Url = None,
+    key: Key = None,
+    state: State = None,
+    tenant: ActingFor = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download a run's artifacts into a new directory; their names are the guest's, and lead nowhere else."""
+    with connected(context, "tenant", url=url, key=key, state=state, tenant=tenant, as_json=as_json) as client:
+        saved = save_artifacts(client, client.get(run), directory)
+    if as_json:
+        print_json({"directory": str(directory), "saved": saved})
+    else:
+        print_line(make_console(), f"{len(saved)} artifacts in ", quoted(directory))
 
 
 def _row(run: Mapping[str, Any]) -> tuple[object, ...]:

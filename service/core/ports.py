@@ -42,7 +42,7 @@ class Page(_Frozen):
 
 
 class Kept(_Frozen):
-    """A run, and where the bytes are that its record does not carry. `purged`: its blobs were given up for their age."""
+    """A run, and where the bytes are that it does not carry. `purged`: its blobs were given up for their age."""
 
     run: Run
     outputs: Mapping[str, str]

@@ -154,7 +154,7 @@ class Run(_Frozen):
 class Result(_Frozen):
     """What `finish` records, in one transaction with its event.
 
-    `outputs`: the blob of each stream that has one, by `output_name`, and `output_bytes` its size by the same name. They
+    `outputs`: the blob of each stream that has one, by `output_name`; `output_bytes`: its size, by the same name. Both
     are kept beside the run and are no part of what its owner is shown.
     """
 

@@ -76,6 +76,10 @@ class Relay:
         self._say("leading")
         return worked
 
+    @property
+    def leading(self) -> bool:
+        return self._leading
+
     def stop(self) -> None:
         """Let another lead at once."""
         if self._leading:

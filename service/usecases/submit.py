@@ -108,8 +108,9 @@ def submit(world: Submitting, *, tenant: str, upload: Upload, attempt: Attempt |
         if bundle is not None and upload.bundle_path is not None:
             kept.enter_context(world.bundles.stored(tenant, path=upload.bundle_path, digest=bundle.digest))
         stored = world.runs.submit(
-            run, documents.scenario, bundle, max_queued=who.quota.queued, idempotency=idempotency
-        )
+            run, documents.scenario, bundle, max_queued=who.quota.queued, max_stored=who.quota.storage_bytes,
+            idempotency=idempotency,
+        )  # fmt: skip
     _announce(world, stored)
     return Submitted(run=stored)
 

@@ -16,6 +16,7 @@ from alembic.migration import MigrationContext
 from service.adapters.sql.documents import POSITIONS
 from service.adapters.sql.engine import Database
 from service.adapters.sql.fairness import FAIREST, SOMETHING_TO_CLAIM
+from service.adapters.sql.keeping import EXPIRED, EXPIRED_WITH_BLOBS, STORED
 from service.adapters.sql.line import QUEUED, UNDESTROYED
 from service.adapters.sql.migrate import upgrade
 from service.adapters.sql.outbox import UNSTAMPED
@@ -165,8 +166,11 @@ def test_a_writer_elsewhere_is_waited_for_and_then_it_is_unavailable(
         (UNDESTROYED, {"ix_run_not_known_gone"}),
         (POSITIONS, {"ix_run_queue"}),
         (UNSTAMPED, {"ix_outbox_unstamped"}),
+        (STORED, {"ix_run_blob_tenant_digest_bytes"}),
+        (EXPIRED, {"ix_run_finished_at"}),
+        (EXPIRED_WITH_BLOBS, {"ix_run_keeps_blobs"}),
     ],
-    ids=["claim", "waiting", "leases", "undestroyed", "positions", "stamp"],
+    ids=["claim", "waiting", "leases", "undestroyed", "positions", "stamp", "stored", "expired", "with blobs"],
 )
 def test_sqlite_asks_the_small_indexes_and_not_every_run(
     sqlite_store: SqlStore, statement: sa.Select[Any], indexes: set[str]
@@ -178,4 +182,4 @@ def test_sqlite_asks_the_small_indexes_and_not_every_run(
     used = {index for line in plan for index in re.findall(r"INDEX (ix_\w+)", line)}
 
     assert used == indexes, plan
-    assert not [line for line in plan if re.fullmatch(r"SCAN (run|outbox|mine|next_|own)", line)], plan
+    assert not [line for line in plan if re.fullmatch(r"SCAN (run|run_blob|outbox|mine|next_|own)", line)], plan

@@ -39,7 +39,7 @@ from service.core.boundary import (
     StepSpec,
     Usage,
 )
-from service.core.errors import BoundaryError, BoundaryLost, NotYetDestroyed, ProvisionFailed, TooLarge
+from service.core.errors import BoundaryError, BoundaryLost, NotYetDestroyed, ProvisionFailed, QuotaExceeded, TooLarge
 
 _OUTPUT_FACTOR = 64
 
@@ -117,6 +117,9 @@ class FakeSandbox:
                 digest, size = sink.put(io.BytesIO(data), max_bytes=left_bytes)
             except TooLarge:
                 skipped.append(SkippedArtifact(path=path, why="too large: the run's artifacts may come to no more"))
+                continue
+            except QuotaExceeded:
+                skipped.append(SkippedArtifact(path=path, why="storage quota"))
                 continue
             left_bytes -= size
             kept.append(Artifact(path=path, bytes=size, sha256=digest))

@@ -13,7 +13,8 @@ __all__ = ["MemoryBlobs", "MemoryBus", "MemoryDoorbell", "MemoryHints", "MemoryS
 
 
 class MemoryStore(MemoryRuns, MemoryRunLine, MemoryTenants, MemoryWorkers, MemoryOutbox):
-    """RunStore, RunLine, TenantStore, WorkerStore and Outbox of `service.core.ports`, one lock around each call.
+    """RunStore, RunLine, Retention, TenantStore, WorkerStore and Outbox of `service.core.ports`, one lock around each
+    call.
 
     `clock` stands for the database's: the only time there is.
     """

@@ -10,7 +10,7 @@ from service.core.errors import Conflict, IdempotencyInFlight, NotFound, QuotaEx
 from service.core.events import EventType
 from service.core.ids import new_id
 from service.core.lease import cancelled
-from service.core.ports import IdempotencyClaim, Page
+from service.core.ports import IdempotencyClaim, Kept, Page
 from service.core.run import Outcome, Phase, Result, Run
 from service.core.scenario import Scenario
 
@@ -19,7 +19,11 @@ class MemoryRuns(MemoryKeeping):
     def begin_idempotent(self, tenant: str, key: str, *, stale_after: timedelta) -> IdempotencyClaim:
         with self._lock:
             held, now = self._idempotency.get((tenant, key)), self.now()
-            if held is None or held.at < now - IDEMPOTENCY_KEPT or (held.answer is None and held.at < now - stale_after):
+            if (
+                held is None
+                or held.at < now - IDEMPOTENCY_KEPT
+                or (held.answer is None and held.at < now - stale_after)
+            ):
                 taken = self._idempotency[tenant, key] = Taken(token=new_id("idem"), at=now)
                 return IdempotencyClaim(token=taken.token)
             if held.answer is None:
@@ -63,6 +67,11 @@ class MemoryRuns(MemoryKeeping):
     def get_run(self, run_id: str, tenant: str | None) -> Run:
         with self._lock:
             return self._shown(self._stored(run_id, tenant))
+
+    def get_kept(self, run_id: str, tenant: str | None) -> Kept:
+        with self._lock:
+            stored = self._stored(run_id, tenant)
+            return Kept(run=self._shown(stored), outputs=stored.outputs, purged=stored.blobs_purged)
 
     def list_runs(
         self, tenant: str | None, *, phase: Phase | None, outcome: Outcome | None, limit: int, before: str | None

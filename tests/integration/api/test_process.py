@@ -121,7 +121,7 @@ def test_every_mistake_in_a_policy_is_an_error(tmp_path: Path, text: str) -> Non
 
 def test_a_policy_is_read(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
-    path.write_text("floors: {untrusted: {kernel: dedicated}}\nminimum_versions: {gvisor: '20260901'}\n")
+    path.write_text("floors: {untrusted: {kernel: dedicated}}\nminimum_versions: {gvisor: {runsc: '20260901'}}\n")
 
     assert read_policy(path).floors == {Trust.UNTRUSTED: {"kernel": "dedicated"}}
     path.write_text("")

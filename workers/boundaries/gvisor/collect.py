@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from service.core.boundary import Artifact, ArtifactLimits, ArtifactSink, FileContent, SkippedArtifact
-from service.core.errors import TooLarge
+from service.core.errors import QuotaExceeded, TooLarge
 from workers.boundaries.gvisor.mounts import open_beneath
 
 _MAX_SKIPPED = 1000
@@ -156,6 +156,8 @@ def _copy(root_fd: int, path: str, sink: ArtifactSink, *, max_bytes: int) -> tup
             digest, size = sink.put(source, max_bytes=max_bytes)
         except TooLarge:
             return "too large: the run's artifacts may come to no more", 0, ""
+        except QuotaExceeded:
+            return "storage quota", 0, ""
     return None, size, digest
 
 
