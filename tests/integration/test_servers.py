@@ -79,9 +79,13 @@ def test_a_postgres_database_is_dropped_even_when_someone_is_still_connected(pos
     with pytest.raises(psycopg.OperationalError):
         left_open.execute("SELECT 1")
     left_open.close()
-    assert (
-        _execute(postgres_server.url("postgres"), "SELECT count(*) FROM pg_database WHERE datname LIKE 'test_%'") == 0
-    )
+    name = url.rpartition("/")[2].partition("?")[0]
+    still_there = f"SELECT count(*) FROM pg_database WHERE datname = '{name}'"
+    assert _execute(postgres_server.url("postgres"), still_there) == 0
+    with postgres_server.fresh_database() as control:
+        name = control.rpartition("/")[2].partition("?")[0]
+        still_there = f"SELECT count(*) FROM pg_database WHERE datname = '{name}'"
+        assert _execute(postgres_server.url("postgres"), still_there) == 1
 
 
 def test_postgres_answers_nobody_without_the_password(postgres_server: PostgresServer) -> None:
