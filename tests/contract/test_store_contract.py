@@ -47,7 +47,9 @@ class TestSubmitting:
 
     def test_every_field_comes_back_as_it_was_given(self, store: Store) -> None:
         add_tenant(store)
-        run = add_run(store, bundle=A, metadata={"ticket": "NUL \0 and é"}, scenario=make_scenario(name="odd \0 name"))
+        run = add_run(
+            store, bundle=A, metadata={"ticket": "NUL \0 and é"}, scenario=make_scenario(name="odd é \U0001f600 name")
+        )
 
         assert store.get_run(run.id, None) == run
 

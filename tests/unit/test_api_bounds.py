@@ -64,7 +64,7 @@ def test_readiness_is_asked_once_however_many_ask() -> None:
 
 
 def test_a_check_that_hangs_is_failing_and_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.api.readiness.CHECK_WITHIN_S", 0.05)
+    monkeypatch.setattr("service.api.readiness.CHECK_WITHIN_S", 0.5)
     monkeypatch.setattr("service.api.readiness.KEPT_S", 0.0)
     hanging, asked = threading.Event(), []
 

@@ -7,6 +7,7 @@ from the cgroup, limits from what the host sees. A reader that always drains mea
 import fcntl
 import os
 import selectors
+import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -34,6 +35,7 @@ _CHUNK = 65536
 _START_MIN_S, _START_MAX_S = 2.0, 10.0
 """A sentry that takes longer than this to start a program is not alive."""
 _KILL_S = 1.0
+_KILL_NEWS_S = 0.05
 _DEATH_S = 5.0
 _KILL_UID = (str(INIT_AT), "kill")
 OUTPUT_FACTOR = 64
@@ -135,6 +137,7 @@ class _Play:
         self._limits: set[Limit] = set()
         self._exit_code: int | None = None
         self._signal: int | None = None
+        self._exited_at: float | None = None
         self._message = ""
         self._asked = True
 
@@ -147,7 +150,7 @@ class _Play:
             ended = self._not_started(str(refusal))
         except (ControlLost, FileNotFoundError):  # the second: another process has destroyed the boundary
             ended = self._died()
-        duration_s = time.monotonic() - started_at
+        duration_s = (self._exited_at or time.monotonic()) - started_at
         if ended is not Ended.EXITED and self._guest.alive:
             self._end_leftovers(ended)
         self._drain()
@@ -240,6 +243,11 @@ class _Play:
         if not answered:
             return None
         self._exit_code, self._signal = wait_status(result)
+        self._exited_at = time.monotonic()
+        if self._signal == signal.SIGKILL:
+            # A guest may have killed itself, or the whole sandbox is being killed from outside and its sentry could
+            # still say so. Only the supervisor knows.
+            self._await_news(_KILL_NEWS_S)
         return Ended.EXITED
 
     def _on_processes(self, _: int) -> None:
@@ -247,6 +255,15 @@ class _Play:
         if answered:
             self._asked = False
             self._count(guest_processes(result))
+
+    def _await_news(self, seconds: float) -> None:
+        """Raises ControlLost when the sandbox turns out to be gone."""
+        deadline = time.monotonic() + seconds
+        while (left_s := deadline - time.monotonic()) > 0:
+            self._guest.supervised.listen(timeout_s=left_s)
+            if self._guest.supervised.gone is not None:
+                self._exit_code = self._signal = self._exited_at = None
+                raise ControlLost("the supervisor says it is gone")
 
     def _on_supervisor(self, _: int) -> None:
         self._guest.supervised.listen(timeout_s=0)
