@@ -113,7 +113,7 @@ def output(
     """All that was kept of what a step printed: byte for byte into a pipe or file, made harmless on a terminal."""
     stream = "stderr" if stderr else "stdout"
     with (
-        connected(context, "tenant", url=url, key=key, state=state, tenant=tenant) as client,
+        connected(context, "tenant", url=url, key=key, state=state, tenant=tenant, as_json=False) as client,
         client.output(run, step, stream=stream) as pieces,
     ):
         write_output(pieces)

@@ -4,7 +4,8 @@ A blob is stored before its run, so that no worker ever claims a run without its
 its blob behind, or a tenant whose queue is full could fill the disk. Whether a blob is still used and its removal are
 two steps, so one tenant's are done one at a time: within this process. Two processes that serve the same tenant at the
 same instant can at worst lose the bundle of a run that repeats the bytes of one being refused or deleted; that run
-ends `errored`, and nothing of another tenant is touched.
+ends `errored`, and nothing of another tenant is touched. It is the same with what a worker has stored of a run that it
+has not recorded yet: a run with the same bytes, deleted by its owner just then, takes that output or artifact with it.
 """
 
 import threading

@@ -32,7 +32,7 @@ class RedisPlan:
 
     @property
     def operator_url(self) -> str:
-        return f"redis://:{self.operator_password}@{LOOPBACK}:{self.port}/0"
+        return f"redis://default:{self.operator_password}@{LOOPBACK}:{self.port}/0"
 
 
 def redis_answers(plan: RedisPlan) -> bool:
