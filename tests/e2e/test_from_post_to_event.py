@@ -204,7 +204,7 @@ def test_a_run_of_many_failing_steps_still_fits_into_its_event(stack: Stack, con
     loud = {"run": f"printf %02000d 1; printf '{'x' * 900}' >&2; exit 1", "continue_on_failure": True}
     expect = {"expect": {"stdout": {"equals": "y" * 900}, "stderr": {"equals": "z"}}}
     run = played(stack.tenant, *([loud | expect] * 12), metadata=METADATA)
-    event = consumer.events(run["id"], until="run.finished")[-1]
+    event = next(e for e in consumer.events(run["id"], until="run.finished") if e["type"] == f"{RUN}finished")
     data = event["data"]
     assert len(run["steps"]) == 12
     assert len(json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode()) < 20_000
