@@ -55,6 +55,8 @@ PLANTS = [
     Plant("workers-know-no-web", "workers.boundaries.planted_17", "fastapi"),
     Plant("workers-know-no-web", "workers.boundaries.planted_18", "starlette"),
     Plant("boundary-kinds-are-independent", "workers.boundaries.planted_19", "workers.boundaries.gvisor"),
+    Plant("workers-layers", "workers.boundaries.planted_25", "workers.conformance"),
+    Plant("conformance-knows-no-kind", "workers.conformance.planted_26", "workers.boundaries.gvisor"),
     Plant("kubernetes-client", "workers.boundaries.gvisor.planted_20", "kubernetes"),
     Plant("kubernetes-client", "service.usecases.planted_21", "kubernetes"),
     Plant("processes", "workers.boundaries.gvisor.planted_22", "subprocess"),

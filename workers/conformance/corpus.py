@@ -1,0 +1,386 @@
+"""The corpus of guest cases, in the order in which they are played. The ids are those of the project's attack corpus.
+
+Each check's docstring says what its positive control opens. A limit that a control opens is four times as high.
+"""
+
+import json
+from typing import Any
+
+from service.core.boundary import Ended, Limit
+from service.core.run import StepOutcome
+from service.core.scenario import Step
+from service.core.verdict import judge_step
+from workers.conformance import programs
+from workers.conformance.cases import (
+    ENVIRONMENT,
+    Case,
+    Corpus,
+    Make,
+    Play,
+    Seen,
+    Severity,
+    always,
+    claims,
+    followed_by,
+    leaked,
+    not_hit,
+    python,
+)
+from workers.conformance.stage import Stage
+
+MIB, KIB = 2**20, 2**10
+_corpus = Corpus()
+_case = _corpus.case
+
+
+def _limited(program: str, *, times: int, given: dict[str, Any] | None = None, **limits: Any) -> Make:
+    """`times`: how many times as high the first of the limits is."""
+    first = next(iter(limits))
+    patterns = ("big", "many/*", "held/*")
+    return always(python(program, given=given, limits=limits | {first: limits[first] * times}, patterns=patterns))
+
+
+# --- what a guest may take ---
+
+PIDS, TASKS = 16, 96 + 3 * 16
+"""TASKS: host threads that so many processes of a guest may come to, the sandbox's own with them."""
+
+
+def _bomb(pids: int) -> Make:
+    return always(python(programs.FORK_BOMB, limits={"pids": pids, "memory": 1024 * MIB, "cpu": 2}, timeout_s=2))
+
+
+@_case("D11", "a fork bomb", Severity.HOST_DOS, attack=_bomb(PIDS), control=_bomb(4 * PIDS), ends=False)
+def _fork_bomb(seen: Seen) -> str | None:
+    """Opened: the limit of processes."""
+    if seen.peak_tasks is not None and seen.peak_tasks > TASKS:
+        return f"{seen.peak_tasks} host threads, more than {TASKS}"
+    if seen.execution.ended is Ended.EXITED:
+        return "the bomb ended by itself"
+    return not_hit(seen, Limit.PIDS)
+
+
+MEMORY = 64 * MIB
+
+
+def _memory(seen: Seen) -> str | None:
+    """Opened: the memory limit."""
+    peak = seen.artifacts.usage.peak_memory_bytes
+    if peak > MEMORY + MIB:  # the kernel charges in batches
+        return f"{peak // MIB} MiB were used, with a limit of {MEMORY // MIB} MiB"
+    return not_hit(seen, Limit.MEMORY)
+
+
+def _shared_memory(seen: Seen) -> str | None:
+    """Opened: the memory limit, and the file lies in /tmp, since /dev/shm may be closed to a step altogether."""
+    refused = seen.said("REFUSED") and seen.artifacts.usage.peak_memory_bytes < MEMORY
+    return None if refused else _memory(seen)
+
+
+def _holding_memory(program: str, *, times: int, **given: Any) -> Make:
+    return _limited(program, times=times, given=given | {"mib": 112}, memory=MEMORY, disk=256 * MIB)
+
+
+_case(
+    "D12", "a memory bomb", Severity.HOST_DOS, ends=False,
+    attack=_holding_memory(programs.MEMORY_BOMB, times=1), control=_holding_memory(programs.MEMORY_BOMB, times=4),
+)(_memory)  # fmt: skip
+_case(
+    "D12b", "a memory bomb in /dev/shm", Severity.HOST_DOS, ends=False,
+    attack=_holding_memory(programs.TMPFS_BOMB, times=1, place="/dev/shm"),  # noqa: S108 - the guest's own
+    control=_holding_memory(programs.TMPFS_BOMB, times=4, place="/tmp"),  # noqa: S108
+)(_shared_memory)  # fmt: skip
+_case(
+    "D12c", "a memory bomb in a memfd", Severity.HOST_DOS, ends=False,
+    attack=_holding_memory(programs.MEMFD_BOMB, times=1), control=_holding_memory(programs.MEMFD_BOMB, times=4),
+)(_memory)  # fmt: skip
+
+
+def _kept_bytes(seen: Seen) -> int:
+    return sum(artifact.bytes for artifact in seen.artifacts.kept)
+
+
+@_case(
+    "D13", "filling the disk", Severity.HOST_DOS,
+    attack=_limited(programs.FILL_DISK, times=1, given={"mib": 16}, disk=8 * MIB),
+    control=_limited(programs.FILL_DISK, times=4, given={"mib": 16}, disk=8 * MIB),
+)  # fmt: skip
+def _disk(seen: Seen) -> str | None:
+    """Opened: the disk limit."""
+    if _kept_bytes(seen) > 8 * MIB:
+        return f"{_kept_bytes(seen)} bytes stood in /work, with a limit of {8 * MIB}"
+    return not_hit(seen, Limit.DISK)
+
+
+@_case(
+    "D14", "filling the inodes", Severity.HOST_DOS,
+    attack=_limited(programs.FILL_INODES, times=1, given={"count": 300}, files=100),
+    control=_limited(programs.FILL_INODES, times=4, given={"count": 300}, files=100),
+)  # fmt: skip
+def _inodes(seen: Seen) -> str | None:
+    """Opened: the limit of files."""
+    if len(seen.artifacts.kept) > 100:
+        return f"{len(seen.artifacts.kept)} files stood in /work, with a limit of 100"
+    return not_hit(seen, Limit.FILES)
+
+
+@_case(
+    "D15", "holding many files open", Severity.HOST_DOS,
+    attack=_limited(programs.HOLD_FILES, times=1, given={"count": 200}, open_files=64),
+    control=_limited(programs.HOLD_FILES, times=4, given={"count": 200}, open_files=64),
+)  # fmt: skip
+def _open_files(seen: Seen) -> str | None:
+    """Opened: the limit of open files. Each of them is a new file in /work, where the host can count."""
+    held = len(seen.artifacts.kept)
+    return f"{held} files were held open at once, with a limit of 64" if held > 64 else None
+
+
+OUTPUT, READ = 16 * KIB, 64 * 16 * KIB + MIB
+"""READ: what may be read before the run is ended, and what the pipes hold."""
+
+
+@_case(
+    "D16", "a flood of output", Severity.HOST_DOS, ends=False,
+    attack=_limited(programs.FLOOD, times=1, output=OUTPUT), control=_limited(programs.FLOOD, times=4, output=OUTPUT),
+)  # fmt: skip
+def _flood(seen: Seen) -> str | None:
+    """Opened: the limit of output."""
+    stdout = seen.execution.stdout
+    if stdout.total_bytes > READ or len(stdout.data) > OUTPUT:
+        return f"{stdout.total_bytes} bytes were read and {len(stdout.data)} kept"
+    return not_hit(seen, Limit.OUTPUT)
+
+
+@_case(
+    "D17", "a daemon left behind", Severity.HOST_DOS,
+    attack=always(python(programs.DAEMON)), control=always(python(programs.DAEMON, standing=True)),
+)  # fmt: skip
+def _daemon(seen: Seen) -> str | None:
+    """Opened: the teardown, which has not come yet when the host is looked over."""
+    return f"on this host: {', '.join(seen.left[:5])}" if seen.left else None
+
+
+# --- what a guest may see and touch ---
+
+
+def _holding(program: str, **play: Any) -> Make:
+    """The token is in the step's own environment."""
+    return lambda stage: python(program, env={"TOKEN": stage.given}, **play)
+
+
+@_case(
+    "D21", "searching /proc for secrets", Severity.HOST_LEAK,
+    attack=always(python(programs.SEARCH_PROC, neighbour=True)),
+    control=_holding(programs.SEARCH_PROC, neighbour=True),
+)  # fmt: skip
+def _proc(seen: Seen) -> str | None:
+    """Opened: a token stands in the environment that the step itself declares."""
+    return leaked(seen)
+
+
+_READ_ONLY = (
+    "/", "/etc", "/usr", "/usr/bin", "/usr/local", "/var", "/var/tmp", "/home", "/root", "/run", "/lib", "/dev",  # noqa: S108
+)  # fmt: skip
+_SETTINGS = (
+    "/proc/sys/kernel/hostname", "/proc/sys/kernel/core_pattern", "/proc/sys/vm/overcommit_memory",
+    "/proc/sys/net/ipv4/ip_forward", "/proc/sysrq-trigger", "/sys/kernel/uevent_helper", "/etc/passwd",
+    "/usr/bin/env", "/.blastdoor/init",
+)  # fmt: skip
+
+
+def _writing(*more: str) -> Make:
+    def make(stage: Stage) -> Play:
+        new = [f"{place.rstrip('/')}/{stage.mark}" for place in (*_READ_ONLY, *more)]
+        return python(programs.WRITE_PLACES, given={"new": new, "settings": _SETTINGS})
+
+    return make
+
+
+@_case(
+    "D22", "writing to read-only places and /proc/sys", Severity.ESCAPE, attack=_writing(), control=_writing("/work")
+)
+def _writes(seen: Seen) -> str | None:
+    """Opened: /work, which may be written to, is one of the places."""
+    return claims(seen, "WROTE") or (f"on this host: {', '.join(seen.grown)}" if seen.grown else None)
+
+
+def _among_processes(stage: Stage, env: dict[str, str]) -> Play:
+    play = python(programs.REACH_PROCESSES, env=env, neighbour=True)
+    return followed_by(play, programs.LOOK_FOR_MARK, {"mark": stage.mark, "places": []})
+
+
+@_case(
+    "D23", "tracing, reading and killing other processes", Severity.LATERAL,
+    attack=lambda stage: _among_processes(stage, {}),
+    control=lambda stage: _among_processes(stage, {"TOKEN": stage.given}),
+)  # fmt: skip
+def _processes(seen: Seen) -> str | None:
+    """Opened: one of the processes is a child of the attack's own, and a token is in its memory."""
+    if not seen.neighbour_lives:
+        return "the run beside it was killed"
+    if seen.then is not None and seen.then.exit_code != 0:
+        return "the sandbox's first process was killed"
+    return claims(seen, "ATTACHED") or leaked(seen)
+
+
+_MOUNT_PLACES = ("/usr", "/etc", "/tmp", "/work")  # noqa: S108 - the guest's own /tmp
+
+
+def _mounting(*, private: bool) -> Make:
+    def make(stage: Stage) -> Play:
+        given = {"mark": stage.mark, "places": _MOUNT_PLACES}
+        look = given | {"places": (*_MOUNT_PLACES, "/usr/bin")}
+        return followed_by(
+            python(programs.MOUNT_OVER, given=given | {"private": private}), programs.LOOK_FOR_MARK, look
+        )
+
+    return make
+
+
+@_case(
+    "D24", "namespaces and mounts of its own", Severity.ESCAPE,
+    attack=_mounting(private=True), control=_mounting(private=False),
+)  # fmt: skip
+def _mounts(seen: Seen) -> str | None:
+    """Opened: the attack leaves its mark where it stands, without a namespace and a mount around it."""
+    return claims(seen, "STANDS") or (f"on this host: {', '.join(seen.grown)}" if seen.grown else None)
+
+
+def _searching(stage: Stage) -> dict[str, Any]:
+    run = "/run/"
+    return {
+        "sockets": (
+            *(f"{run}{name}.sock" for name in ("docker", "containerd/containerd", "crio/crio", "podman/podman")),
+            "/var/run/docker.sock", f"{run}dbus/system_bus_socket", f"{run}systemd/private",
+        ),
+        "devices": tuple(
+            f"/dev/{name}" for name in ("kvm", "mem", "kmsg", "sda", "vda", "nvme0n1", "vhost-net", "loop0")
+        ),
+        "nodes": ((1, 1), (8, 0), (10, 232)),
+        "files": (str(stage.host_file),),
+        "trees": ("/work", "/tmp", "/var", "/run", "/home", "/root", "/srv", "/opt", "/mnt", "/media", "/dev", "/etc",  # noqa: S108
+                  "/sys/fs"),
+    }  # fmt: skip
+
+
+@_case(
+    "D25", "sockets, devices and other runs' files", Severity.LATERAL,
+    attack=lambda stage: python(programs.SEARCH_FILES, given=_searching(stage), neighbour=True),
+    control=lambda stage: python(
+        programs.SEARCH_FILES, given=_searching(stage), env={"TOKEN": stage.given}, neighbour=True
+    ),
+)  # fmt: skip
+def _files(seen: Seen) -> str | None:
+    """Opened: a file with a token lies in the run's own /work. gVisor's own /dev/net/tun may be opened: what counts is
+    that no interface can be made of it."""
+    return claims(seen, "REACHED", "OPENED") or leaked(seen)
+
+
+# --- whom a guest may reach ---
+
+_METADATA = (("169.254.169.254", 80), ("fd00:ec2::254", 80), ("100.100.100.200", 80), ("169.254.170.2", 80))
+_OWN = ("127.0.0.1", 47113)
+
+
+def _connecting(*, host: bool, own: bool) -> Make:
+    def make(stage: Stage) -> Play:
+        targets = [*(stage.ears.targets if host else _METADATA), *([_OWN] if own else [])]
+        given = {"targets": targets, "own": _OWN if own else None}
+        return python(programs.CONNECT, given=given, env={"TOKEN": stage.given} if own else {})
+
+    return make
+
+
+def _reached(seen: Seen) -> str | None:
+    """Opened: one more address, at which the guest itself listens within its wall."""
+    if seen.heard:
+        return f"this host heard it: {', '.join(seen.heard)}"
+    return claims(seen, "REACHED") or leaked(seen)
+
+
+_case(
+    "D26", "the metadata service of a cloud", Severity.EXFIL,
+    attack=_connecting(host=False, own=False), control=_connecting(host=False, own=True),
+)(_reached)  # fmt: skip
+_case(
+    "D27", "listeners of this host", Severity.LATERAL,
+    attack=_connecting(host=True, own=False), control=_connecting(host=True, own=True),
+)(_reached)  # fmt: skip
+
+
+def _resolving(name: str) -> Make:
+    def make(stage: Stage) -> Play:
+        given = {"targets": [*stage.ears.targets, ("192.0.2.53", 53)], "name": name.format(stage.mark)}
+        return python(programs.RESOLVE, given=given)
+
+    return make
+
+
+@_case(
+    "D28", "names, raw sockets and packets", Severity.EXFIL,
+    attack=_resolving("{}.canary.test"), control=_resolving("localhost"),
+)  # fmt: skip
+def _names(seen: Seen) -> str | None:
+    """Opened: the name to be resolved is one that the guest's own /etc/hosts has."""
+    if seen.heard:
+        return f"this host heard it: {', '.join(seen.heard)}"
+    return claims(seen, "RESOLVED", "OPENED")
+
+
+@_case(
+    "D29", "the environment of a step", Severity.HOST_LEAK,
+    attack=always(python(programs.ENVIRONMENT)), control=_holding(programs.ENVIRONMENT),
+)  # fmt: skip
+def _environment(seen: Seen) -> str | None:
+    """Opened: one variable more than the case declares."""
+    said = seen.said("SEES")
+    sees = json.loads(said[-1]) if said else {}
+    declared = sorted(f"{name}={value}" for name, value in ENVIRONMENT.items())
+    if sorted(sees.get("environ", [])) != declared:
+        names = sorted(word.partition("=")[0] for word in sees.get("environ", []))
+        return f"a step sees {', '.join(names) or 'nothing'} in its environment"
+    if sees["cwd"] != "/work" or sees["uid"] == 0:
+        return f"a step works in {sees['cwd']} as uid {sees['uid']}"
+    return leaked(seen)
+
+
+# --- what a guest leaves behind and says ---
+
+_BAIT = ("link", "environ", "pipe", "socket", "hard", "passwd")
+
+
+def _planting(stage: Stage, env: dict[str, str]) -> Play:
+    given = {"file": str(stage.host_file), "names": _BAIT}
+    return python(programs.PLANT, given=given, env=env, patterns=("out/**",))
+
+
+@_case(
+    "D31", "links, FIFOs and sockets as artifacts", Severity.HOST_LEAK,
+    attack=lambda stage: _planting(stage, {}), control=lambda stage: _planting(stage, {"TOKEN": stage.given}),
+)  # fmt: skip
+def _artifacts(seen: Seen) -> str | None:
+    """Opened: regular files of the same names, with a token in them."""
+    if kept := [artifact.path for artifact in seen.artifacts.kept]:
+        return f"kept {', '.join(kept[:5])}"
+    if not seen.artifacts.skipped:
+        return "nothing is said of what was skipped"
+    if seen.collect_s > 5:
+        return f"collecting took {seen.collect_s:.1f} s"
+    return leaked(seen)
+
+
+_STEP = Step.model_validate({"name": "tests", "run": "tests", "expect": {"stdout": {"contains": "42 tests passed"}}})
+
+
+@_case(
+    "D33", "exit 0 before the tests have run", Severity.INTEGRITY, ends=False,
+    attack=always(python(programs.EXIT_EARLY, given={"honest": False})),
+    control=always(python(programs.EXIT_EARLY, given={"honest": True})),
+)  # fmt: skip
+def _verdict(seen: Seen) -> str | None:
+    """Opened: the tests do run, and print what is expected of them."""
+    outcome = judge_step(1, _STEP, seen.execution).result.outcome
+    return None if outcome is StepOutcome.FAILED else f"the verdict is {outcome}"
+
+
+CASES: tuple[Case, ...] = tuple(_corpus.cases)
