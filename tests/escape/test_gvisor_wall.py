@@ -423,3 +423,46 @@ class _WithBind(RuntimeStore):
             binds=(*root.binds, (self._extra, Path("/mnt"))),
             masks=root.masks,
         )
+
+
+THREADS = """
+import threading, time
+held = threading.Event()
+made = 0
+try:
+    for _ in range({count}):
+        threading.Thread(target=held.wait, daemon=True).start()
+        made += 1
+except RuntimeError:
+    pass
+print(made, flush=True)
+time.sleep(1)
+raise SystemExit(made < {count})
+"""
+
+
+class TestLimitsThatShowNowhereElse:
+    """What the kernel announces nowhere, and what a guest could use to look like a defect of ours."""
+
+    @pytest.mark.parametrize(("pids", "held"), [(64, True), (256, False)])
+    def test_threads_of_one_process_hit_the_pids_limit_and_the_host_sees_it(
+        self, boundary: GvisorBoundary, pids: int, held: bool
+    ) -> None:
+        with opened(boundary, pids=pids) as (sandbox, _):
+            ended = sandbox.execute(python(THREADS.format(count=100)))
+        assert (ended.exit_code, Limit.PIDS in ended.limits) == ((1, True) if held else (0, False))
+
+    def test_filling_tmp_beyond_the_memory_limit_is_the_runs_own_end_and_never_ours(
+        self, boundary: GvisorBoundary
+    ) -> None:
+        fill = (
+            "python3 -c \"f = open('/tmp/bomb', 'wb', buffering=0); [f.write(b'x' * (1 << 20)) for _ in range(112)]\""
+        )
+        for _ in range(4):
+            with opened(boundary, memory=64 * MIB, disk=256 * MIB) as (sandbox, _):
+                ended = sandbox.execute(shell(fill))
+            # It ends with ENOMEM, at times too soon to be seen by the host, or with the sandbox.
+            assert ended.ended is Ended.LIMIT or (ended.ended, ended.exit_code) == (Ended.EXITED, 1)
+        with opened(boundary, memory=256 * MIB, disk=256 * MIB) as (sandbox, _):
+            control = sandbox.execute(shell(fill))
+        assert (control.ended, control.exit_code, control.limits) == (Ended.EXITED, 0, frozenset())

@@ -94,6 +94,11 @@ _case(
     "D12c", "a memory bomb in a memfd", Severity.HOST_DOS, ends=False,
     attack=_holding_memory(programs.MEMFD_BOMB, times=1), control=_holding_memory(programs.MEMFD_BOMB, times=4),
 )(_memory)  # fmt: skip
+_case(
+    "D12d", "a memory bomb in files of /tmp", Severity.HOST_DOS, ends=False,
+    attack=_holding_memory(programs.TMPFS_BOMB, times=1, place="/tmp"),  # noqa: S108 - the guest's own
+    control=_holding_memory(programs.TMPFS_BOMB, times=4, place="/tmp"),  # noqa: S108
+)(_memory)  # fmt: skip
 
 
 def _kept_bytes(seen: Seen) -> int:

@@ -29,6 +29,8 @@ from workers.boundaries.gvisor.render import FILES_OVERHEAD
 from workers.boundaries.gvisor.supervision import Supervised
 from workers.runtimes.store import INIT_AT
 
+_COUNT_S = 0.2
+"""How often the sentry is asked for its threads when nothing suggests that there are many."""
 _TICK_S = 0.025
 """How often limits that the kernel does not announce are looked at; a fork bomb lives longer."""
 _CHUNK = 65536
@@ -108,12 +110,18 @@ class Guest:
         finally:
             os.close(null)
 
-    def why_dead(self) -> tuple[Ended, frozenset[Limit], str]:
-        """The sandbox has died under us. The host's own counters explain it, or nothing does."""
+    def why_dead(self, *, seen: frozenset[Limit]) -> tuple[Ended, frozenset[Limit], str]:
+        """The sandbox has died under us. The host's own counters explain it, or nothing does. A sentry that is short of
+        memory may end before the kernel says a word, and what it held is freed at once: so what the step has `seen`,
+        what stands now and the peak all count."""
+        hit = self.limits_hit()
         self.end()
-        ended_it = self.limits_hit() & {Limit.MEMORY, Limit.PIDS}
+        ended_it = (hit | self.limits_hit()) & {Limit.MEMORY, Limit.PIDS} | seen & {Limit.MEMORY}
+        with suppress(OSError):
+            if self.group.peak_memory_bytes() >= self.memory_limit:
+                ended_it |= {Limit.MEMORY}
         if ended_it:
-            return Ended.LIMIT, ended_it, ""
+            return Ended.LIMIT, frozenset(ended_it), ""
         gone = self.supervised.gone
         said = f": {gone.why}, status {gone.status}" if gone else ""
         return Ended.LOST, frozenset(), f"the sandbox ended{said}"
@@ -206,6 +214,7 @@ class _Play:
         guest = self._guest
         self._asking = self._stack.enter_context(Connection(guest.runsc_root_fd))
         self._asking.ask_processes()
+        self._ask_at = time.monotonic() + _COUNT_S
         self._selector.register(self._waiting, selectors.EVENT_READ, self._on_exit)
         self._selector.register(self._asking, selectors.EVENT_READ, self._on_processes)
         self._selector.register(guest.supervised, selectors.EVENT_READ, self._on_supervisor)
@@ -279,13 +288,15 @@ class _Play:
         return Ended.LIMIT
 
     def _look(self) -> Ended | None:
-        """Limits that the kernel does not announce. Threads are counted by the sentry, exactly, but asking costs the
-        guest CPU time: only when the host's count, never below the guest's, says that there could be so many."""
+        """Limits that the kernel does not announce. The sentry counts processes and threads, exactly; but asking costs
+        the guest about a millisecond of CPU time, so it is asked at every tick only while the host's own count says
+        that there could be so many processes (threads of one process need not show there), and else now and then."""
         group = self._guest.group
         self._limits |= self._guest.limits_near()
-        if not self._asked and group.host_tasks() >= self._guest.pids_limit:
+        now = time.monotonic()
+        if not self._asked and (now >= self._ask_at or group.host_tasks() >= self._guest.pids_limit):
             self._asking.ask_processes()
-            self._asked = True
+            self._asked, self._ask_at = True, now + _COUNT_S
         # Where no event comes (cgroup v2) the kernel has begun to kill: end it as a whole, now.
         if self._guest.memory_event is None and group.out_of_memory():
             self._limits.add(Limit.MEMORY)
@@ -349,7 +360,7 @@ class _Play:
         return Ended.NOT_STARTED
 
     def _died(self) -> Ended:
-        ended, limits, self._message = self._guest.why_dead()
+        ended, limits, self._message = self._guest.why_dead(seen=frozenset(self._limits))
         self._limits |= limits
         return ended
 
