@@ -37,6 +37,8 @@ from workers.run_scenario import Line
 from workers.tasks import register
 from workers.watch import WatchTimes
 
+_MEASURED_FOR_S = 1.0
+"""How long a child offers what it last read of its parent's probe."""
 _JUST_HEARD_S = 0.2
 """A child that was handed a bell has begun to play by then."""
 
@@ -149,6 +151,7 @@ class _LinePerProcess:
     def __init__(self, settings: Settings, record: WorkerRecord) -> None:
         self._settings, self._record = settings, record
         self._parts: Parts | None = None
+        self._measured_until = 0.0
 
     def __call__(self) -> Line:
         settings, parts = self._settings, self._mine()
@@ -185,6 +188,9 @@ class _LinePerProcess:
         return self._parts
 
     def _measured(self, store: SqlStore) -> Sequence[Capabilities]:
+        if time.monotonic() < self._measured_until:
+            return self._record.capabilities
+        self._measured_until = time.monotonic() + _MEASURED_FOR_S
         live = store.live_workers(fresh=timedelta(seconds=self._settings.worker_fresh_s))
         self._record = next((worker for worker in live if worker.id == self._record.id), self._record)
         return self._record.capabilities

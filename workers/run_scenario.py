@@ -142,7 +142,6 @@ def run_waiting(line: Line) -> bool:
         return False
     run, fence = claim.run, claim.fence
     line.hints.hint("outbox", run.id)
-    line.hints.hint("run", run.id)
     logger = log.bind(run_id=run.id, fence=fence, boundary=run.placement.boundary)
     ref = _ref(line, claim)
     boundary = line.boundaries[ref.kind]
@@ -169,7 +168,7 @@ def _play_through(line: Line, claim: Claim, boundary: Boundary, ref: BoundaryRef
                 bundle_path = line.blobs.path(run.tenant, claim.bundle.digest)
                 sandbox.upload(claim.bundle.model_copy(update={"path": bundle_path}))
             _insist(watch, lambda: line.runs.mark_running(run.id, fence))
-            line.hints.hint("run", run.id)
+            line.hints.hint("outbox", run.id)
             storage.look(line, watch)
             _play(claim, sandbox, watch, played, storage)
             watch.raise_if_lost()

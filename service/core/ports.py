@@ -349,7 +349,7 @@ class Hints(Protocol):
     """Wakes whoever waits, sooner than polling would. Lossy: nothing may depend on it."""
 
     def hint(self, topic: str, run_id: str) -> None:
-        """`topic`: run (a run changed) or outbox (there is something to relay)."""
+        """`topic`: run (it has ended, or gone back to the queue) or outbox (there is something to relay)."""
         ...
 
     def listen(self, topics: Sequence[str], *, poll_s: float) -> Iterator[tuple[str, str] | None]:

@@ -26,6 +26,8 @@ SURVEY = timedelta(seconds=1)
 STANDBY = timedelta(seconds=1)
 LONGEST_PAUSE = timedelta(seconds=2)
 POLL = timedelta(milliseconds=250)
+GATHER_S = 0.01
+"""After a hint: transitions come in bursts, and who waits for a result should not wait for the relay's work."""
 _LOG = structlog.get_logger()
 
 Party = Literal["store", "bus"]
@@ -183,6 +185,6 @@ def run(relay: Relay, hints: Hints, *, stopping: Callable[[], bool], poll: timed
     threading.Thread(target=listen, name="hints", daemon=True).start()
     while not stopping():
         hinted.clear()
-        if not relay.step():
-            hinted.wait(poll.total_seconds())
+        if not relay.step() and hinted.wait(poll.total_seconds()):
+            time.sleep(GATHER_S)
     relay.stop()

@@ -781,7 +781,8 @@ def test_a_bell_that_cannot_be_passed_on_is_left_to_the_reconciler(away: str) ->
 
 def test_every_change_is_hinted_and_nothing_depends_on_it(theatre: Theatre) -> None:
     run = theatre.play()
-    assert theatre.hints.given.count(("run", run.id)) >= 3
+    assert theatre.hints.given.count(("run", run.id)) == 1, "those who wait, at the end"
+    assert theatre.hints.given.count(("outbox", run.id)) >= 4, "the relay, at each transition"
     assert theatre.hints.given[-1] == ("outbox", run.id)
 
     theatre.hints.lost = True
