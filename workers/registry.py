@@ -2,29 +2,13 @@
 
 from collections.abc import Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
-from service.core.boundary import Boundary, BoundaryKind
+from service.core.boundary import Boundary, BoundaryKind, Host
 
 DRIVERS: Mapping[BoundaryKind, str] = {
     BoundaryKind.GVISOR: "workers.boundaries.gvisor.driver:GvisorBoundary",
 }
-
-
-class Host(Protocol):
-    """What a driver may know of where it runs."""
-
-    @property
-    def installation(self) -> str: ...
-    @property
-    def site(self) -> str: ...
-    @property
-    def state_dir(self) -> Path: ...
-    @property
-    def runtime_dir(self) -> Path: ...
-    @property
-    def runsc(self) -> Path: ...
 
 
 @runtime_checkable

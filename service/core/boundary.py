@@ -273,6 +273,22 @@ class Sandbox(Protocol):
         ...
 
 
+class Host(Protocol):
+    """What a driver is told of where it works; the composition root knows it. A driver's class has
+    `for_host(host) -> Boundary`."""
+
+    @property
+    def installation(self) -> str: ...
+    @property
+    def site(self) -> str: ...
+    @property
+    def state_dir(self) -> Path: ...
+    @property
+    def runtime_dir(self) -> Path: ...
+    @property
+    def runsc(self) -> Path: ...
+
+
 class Boundary(Protocol):
     """One way to build a wall around untrusted code. One implementation per kind."""
 

@@ -11,13 +11,12 @@ import pytest
 import structlog
 from typer.testing import CliRunner
 
-from service.core.boundary import Capabilities
+from service.core.boundary import Capabilities, Host
 from service.core.placement import OFFERS
 from tests.factories import make_capabilities
 from tests.summary import ran
 from tests.sweep import swept
 from workers.cli import commands
-from workers.registry import Host
 
 ALL = {offer.boundary for offer in OFFERS}
 WITH_A_WALL = os.geteuid() == 0 and shutil.which("runsc") is not None

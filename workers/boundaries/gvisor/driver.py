@@ -13,11 +13,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
 
 import structlog
 
-from service.core.boundary import BoundaryKind, BoundaryRef, BoundarySpec, Cancellation, Capabilities, Sandbox
+from service.core.boundary import BoundaryKind, BoundaryRef, BoundarySpec, Cancellation, Capabilities, Host, Sandbox
 from service.core.errors import NotYetDestroyed, ProvisionFailed
 from workers.boundaries.gvisor.cgroups import CgroupTree, Group
 from workers.boundaries.gvisor.control import GUEST_UID
@@ -58,21 +57,6 @@ class GvisorHost:
     init: Path = _INIT
 
 
-class WorkerHost(Protocol):
-    """What the composition root knows of this host."""
-
-    @property
-    def installation(self) -> str: ...
-    @property
-    def site(self) -> str: ...
-    @property
-    def state_dir(self) -> Path: ...
-    @property
-    def runtime_dir(self) -> Path: ...
-    @property
-    def runsc(self) -> Path: ...
-
-
 class GvisorBoundary:
     """Implements `service.core.boundary.Boundary`."""
 
@@ -83,7 +67,7 @@ class GvisorBoundary:
         self._supervisors = Supervisors()
 
     @classmethod
-    def for_host(cls, host: WorkerHost) -> "GvisorBoundary":
+    def for_host(cls, host: Host) -> "GvisorBoundary":
         """As the registry makes it."""
         return cls(
             GvisorHost(
