@@ -122,7 +122,7 @@ def _say_problem(problem: Problem, *, as_json: bool) -> None:
     for row in _rows(problem, "errors"):
         print_line(console, "  ", quoted(row.get("path") or "."), ": ", quoted(row.get("message", "")))
     for row in _rows(problem, "candidates"):
-        print_line(console, "  ", quoted(row.get("boundary", "")), " lacks ", quoted(row.get("missing", "")))
+        print_line(console, "  ", quoted(row.get("boundary", "")), " - missing: ", quoted(row.get("missing", "")))
 
 
 def _rows(problem: Problem, name: str) -> list[dict[str, object]]:

@@ -131,7 +131,7 @@ def test_a_wall_that_cannot_be_built_is_a_refusal_that_names_what_is_missing(bun
     candidates = [{"boundary": "gvisor", "missing": "control plane >= dedicated"}]
     result = _invoke("run", str(bundle), answer=lambda _: _problem(422, "placement_refused", candidates=candidates))
     assert result.exit_code == 2
-    assert "gvisor lacks control plane >= dedicated" in result.stderr
+    assert "gvisor - missing: control plane >= dedicated" in result.stderr
 
 
 @pytest.mark.parametrize("status", [500, 503, 507])
