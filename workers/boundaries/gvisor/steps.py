@@ -145,7 +145,6 @@ class _Play:
         self._limits: set[Limit] = set()
         self._exit_code: int | None = None
         self._signal: int | None = None
-        self._exited_at: float | None = None
         self._message = ""
         self._asked = True
 
@@ -158,7 +157,7 @@ class _Play:
             ended = self._not_started(str(refusal))
         except (ControlLost, FileNotFoundError):  # the second: another process has destroyed the boundary
             ended = self._died()
-        duration_s = (self._exited_at or time.monotonic()) - started_at
+        duration_s = time.monotonic() - started_at
         if ended is not Ended.EXITED and self._guest.alive:
             self._end_leftovers(ended)
         self._drain()
@@ -252,7 +251,6 @@ class _Play:
         if not answered:
             return None
         self._exit_code, self._signal = wait_status(result)
-        self._exited_at = time.monotonic()
         if self._signal == signal.SIGKILL:
             # A guest may have killed itself, or the whole sandbox is being killed from outside and its sentry could
             # still say so. Only the supervisor knows.
@@ -271,7 +269,7 @@ class _Play:
         while (left_s := deadline - time.monotonic()) > 0:
             self._guest.supervised.listen(timeout_s=left_s)
             if self._guest.supervised.gone is not None:
-                self._exit_code = self._signal = self._exited_at = None
+                self._exit_code = self._signal = None
                 raise ControlLost("the supervisor says it is gone")
 
     def _on_supervisor(self, _: int) -> None:
