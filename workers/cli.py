@@ -33,8 +33,9 @@ commands.add_typer(runtimes, name="runtimes")
 
 
 def default_state_dir() -> Path:
-    """As `blastdoor up` has it: the XDG state home."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "blastdoor"
+    """As `blastdoor up` has it (service.cli.address, which workers may not import): the XDG state home, if absolute."""
+    home = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(home) if home.startswith("/") else Path.home() / ".local" / "state") / "blastdoor"
 
 
 StateDir = Annotated[
