@@ -37,8 +37,6 @@ from workers.run_scenario import Line
 from workers.tasks import register
 from workers.watch import WatchTimes
 
-_MEASURED_FOR_S = 1.0
-"""How long a child offers what it last read of its parent's probe."""
 _JUST_HEARD_S = 0.2
 """A child that was handed a bell has begun to play by then."""
 
@@ -145,17 +143,17 @@ def _offered(capabilities: Sequence[Capabilities]) -> list[str]:
 
 
 class _LinePerProcess:
-    """Each child makes its own connections, once, after the fork. It offers what its parent measured last, which is
-    what the API places runs by: a runtime that an operator adds is offered without a restart."""
+    """Each child makes its own connections, once, after the fork. At each bell it offers what its parent measured last,
+    which is what the API places runs by: older news would let a bell for a new runtime's first run be used up."""
 
     def __init__(self, settings: Settings, record: WorkerRecord) -> None:
         self._settings, self._record = settings, record
         self._parts: Parts | None = None
-        self._measured_until = 0.0
 
     def __call__(self) -> Line:
         settings, parts = self._settings, self._mine()
-        capabilities = self._measured(parts.store)
+        self._record = parts.store.get_worker(self._record.id) or self._record
+        capabilities = self._record.capabilities
         times = WatchTimes(
             lease=timedelta(seconds=settings.lease_s),
             heartbeat=timedelta(seconds=settings.heartbeat_s),
@@ -186,14 +184,6 @@ class _LinePerProcess:
         if self._parts is None or self._parts.pid != os.getpid():
             self._parts = build(self._settings)
         return self._parts
-
-    def _measured(self, store: SqlStore) -> Sequence[Capabilities]:
-        if time.monotonic() < self._measured_until:
-            return self._record.capabilities
-        self._measured_until = time.monotonic() + _MEASURED_FOR_S
-        live = store.live_workers(fresh=timedelta(seconds=self._settings.worker_fresh_s))
-        self._record = next((worker for worker in live if worker.id == self._record.id), self._record)
-        return self._record.capabilities
 
 
 class _Busy:

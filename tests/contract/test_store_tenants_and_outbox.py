@@ -150,8 +150,10 @@ class TestWorkers:
         assert live.measured_at is not None
         assert store.now() - live.measured_at < LEASE
         assert list(store.live_workers(fresh=RUN_OUT)) == []
+        assert store.get_worker("wrk_1") == live
         store.forget_worker("wrk_1")
         store.forget_worker("wrk_1")
+        assert store.get_worker("wrk_1") is None
         assert list(store.live_workers(fresh=LEASE)) == []
 
 

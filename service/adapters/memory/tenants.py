@@ -105,6 +105,10 @@ class MemoryWorkers(MemoryState):
         with self._lock:
             self._workers.pop(worker_id, None)
 
+    def get_worker(self, worker_id: str) -> WorkerRecord | None:
+        with self._lock:
+            return self._workers.get(worker_id)
+
     def live_workers(self, *, fresh: timedelta) -> Sequence[WorkerRecord]:
         with self._lock:
             since = self.now() - fresh

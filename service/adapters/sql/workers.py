@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import sqlalchemy as sa
 from pydantic import TypeAdapter
@@ -33,20 +34,25 @@ class SqlWorkers(SqlPart):
         with self._db.write() as connection:
             connection.execute(sa.delete(worker).where(worker.c.id == worker_id))
 
+    def get_worker(self, worker_id: str) -> WorkerRecord | None:
+        with self._db.read() as connection:
+            row = connection.execute(sa.select(worker).where(worker.c.id == worker_id)).one_or_none()
+        return None if row is None else _record(row)
+
     def live_workers(self, *, fresh: timedelta) -> Sequence[WorkerRecord]:
         wanted = sa.select(worker).where(worker.c.measured_at > db_now() - fresh).order_by(worker.c.id)
         with self._db.read() as connection:
-            rows = connection.execute(wanted).all()
-        return [
-            WorkerRecord(
-                id=row.id,
-                host=row.host,
-                site=row.site,
-                capabilities=_CAPABILITIES.validate_json(row.capabilities),
-                measured_at=row.measured_at,
-            )
-            for row in rows
-        ]
+            return [_record(row) for row in connection.execute(wanted)]
+
+
+def _record(row: sa.Row[Any]) -> WorkerRecord:
+    return WorkerRecord(
+        id=row.id,
+        host=row.host,
+        site=row.site,
+        capabilities=_CAPABILITIES.validate_json(row.capabilities),
+        measured_at=row.measured_at,
+    )
 
 
 _WORKER = worker  # where an argument has the table's name
