@@ -22,8 +22,10 @@ from typing import Any
 
 import redis
 
+from examples.demo_application import application, show
 from service.adapters.sql_store import SqlStore
 from service.cli.printing import visible
+from service.cli.up.state import free_port
 
 SCENARIOS = Path(__file__).parent / "scenarios"
 EXAMPLES = ("rule-engine", "c-program", "data-report", "hostile")
@@ -42,6 +44,7 @@ def main() -> int:
                 demo.play(name)
             demo.show_attacks()
             demo.show_events()
+            demo.show_application()
         finally:
             demo.stop(up)
         demo.show_sweep()
@@ -67,12 +70,14 @@ class Demo:
     failures: list[str] = field(default_factory=list)
     ready: dict[str, Any] = field(default_factory=dict)
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    application_port: int = field(default_factory=free_port)
 
     def start(self) -> subprocess.Popen[str]:
         title("Starting everything on this machine:  blastdoor up")
         up = subprocess.Popen(
             [*BLASTDOOR, "up", "--state", str(self.state), "--port", "0", "--json"],
             stdout=subprocess.PIPE, text=True, start_new_session=True,
+            env=dict(os.environ) | {"BLASTDOOR_WEBHOOK_ALLOW": f"127.0.0.1:{self.application_port}"},
         )  # fmt: skip
         assert up.stdout is not None
         try:
@@ -144,6 +149,11 @@ class Demo:
         kinds = [event["type"] for event in own]
         complete = "dev.blastdoor.run.finished" in kinds and "dev.blastdoor.boundary.destroyed" in kinds
         return own if complete else None
+
+    def show_application(self) -> None:
+        title("An application of many customers at the other end:  examples/main_app")
+        with application(self.ready, port=self.application_port, state=self.state / "main-app") as links:
+            self.failures += show(links, say=print)
 
     def stop(self, up: subprocess.Popen[str]) -> None:
         title("Stopping it")

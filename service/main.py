@@ -9,17 +9,16 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from pydantic import ValidationError
+from prometheus_client import CollectorRegistry
 
-from service import logs
+from service import logs, metrics
+from service.adapters import failpoints
 from service.adapters.blobs import FileBlobs
 from service.adapters.celery_queue import CeleryDoorbell
 from service.adapters.redis_bus import RedisBus, RedisHints
@@ -27,9 +26,10 @@ from service.adapters.sql.migrate import upgrade
 from service.adapters.sql_store import SqlStore
 from service.api.app import build
 from service.api.context import Bounds, Deps
+from service.api.metrics import ApiMetrics
+from service.core.canary import ailing
 from service.core.errors import BlastdoorError, Unavailable
-from service.core.placement import Policy
-from service.intake.notation import NotationError, read_yaml
+from service.intake.policy import read_policy
 from service.settings import Settings
 
 GRACE_S = 4
@@ -38,23 +38,27 @@ _KEEP_ALIVE_S = 20
 _BACKLOG = 1024
 _SWITCH_S = 0.0005
 """How long a thread may keep the interpreter from the event loop; Python's own 5 ms would slow every answer."""
-_MAX_POLICY_BYTES = 256 * 1024
 
 log = structlog.get_logger()
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, *, registry: CollectorRegistry | None = None) -> FastAPI:
     """The application on this machine's adapters. The schema must be there (`upgrade`); Redis may be away."""
-    return build(deps_of(settings))
+    return build(deps_of(settings, registry=registry))
 
 
-def deps_of(settings: Settings) -> Deps:
+def deps_of(settings: Settings, *, registry: CollectorRegistry | None = None) -> Deps:
     store = SqlStore(settings.sql_url)
     worker_fresh = timedelta(seconds=settings.worker_fresh_s)
 
     def worker() -> None:
         if not store.live_workers(fresh=worker_fresh):
             raise Unavailable("no worker has been heard of lately")
+
+    def canary() -> None:
+        every, within = timedelta(seconds=settings.canary_s), timedelta(seconds=settings.canary_within_s)
+        if why := ailing(store.canary_view(fresh=worker_fresh), every=every, within=within):
+            raise Unavailable(why)
 
     return Deps(
         runs=store,
@@ -64,30 +68,28 @@ def deps_of(settings: Settings) -> Deps:
         hints=RedisHints(settings.broker_url),
         doorbell=CeleryDoorbell(settings.broker_url),
         policy=read_policy(settings.policy_file),
-        checks={"database": store.now, "redis": RedisBus(settings.broker_url).identity, "worker": worker},
+        checks={
+            "database": store.now,
+            "redis": RedisBus(settings.broker_url).identity,
+            "worker": worker,
+            "canary": canary,
+        },
         bounds=Bounds(
             upload_max_bytes=settings.upload_max_bytes,
             upload_deadline_s=settings.upload_deadline_s,
             uploads_at_once=settings.uploads_at_once,
             worker_fresh=worker_fresh,
         ),
-        version=_version(),
+        version=metrics.installed_version(),
+        metrics=ApiMetrics(registry),
     )
-
-
-def read_policy(path: Path | None) -> Policy:
-    """The operator's file. One that cannot be understood stops the start: guessing would weaken what they asked for."""
-    if path is None:
-        return Policy()
-    try:
-        return Policy.model_validate(read_yaml(path.read_bytes(), max_bytes=_MAX_POLICY_BYTES) or {})
-    except (NotationError, ValidationError) as error:
-        raise BlastdoorError(f"the policy file cannot be used: {error}") from error
 
 
 def serve(settings: Settings) -> None:
     """Until SIGTERM or SIGINT. Requests that wait for a run are answered with the run as it stands then."""
-    app = create_app(settings)
+    registry = metrics.new_registry("api")
+    app = create_app(settings, registry=registry)
+    metrics.serve_if_asked(registry, settings.metrics_address)
     config = server_config(app, host=settings.host, port=settings.port)
     sys.setswitchinterval(_SWITCH_S)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -133,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     settings = Settings()
     logs.configure(settings.log_level, program="api")
+    logs.own_the_streams()
+    failpoints.arm(settings.failpoints, environment=settings.environment)
     try:
         upgrade(settings.sql_url)
         if asked.command == "serve":
@@ -145,13 +149,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _end(*_: object) -> NoReturn:
     raise SystemExit(0)
-
-
-def _version() -> str:
-    try:
-        return version("blastdoor")
-    except PackageNotFoundError:  # a source tree that was not installed
-        return "0"
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@ Only composition roots read this; logic is handed values. `.env.example` is made
 """
 
 import argparse
+import ipaddress
 import os
 import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.core.failpoints import parse
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -57,6 +60,15 @@ class Settings(BaseSettings):
     housekeeping_s: Seconds = Field(10.0, description="how often the reaper and reconciler look")
     probe_s: Seconds = Field(30.0, description="how often a worker says that it lives")
     worker_fresh_s: Seconds = Field(90.0, description="a worker that was silent for longer is not counted on")
+    quarantine_after_s: Seconds = Field(
+        30.0, description="a boundary that resists destruction for longer is quarantined, and that is said"
+    )
+    site_silent_s: Seconds = Field(
+        300.0, description="what a site has that was silent for longer counts as quarantined until it answers"
+    )
+    orders_poll_s: Seconds = Field(0.5, description="how often reapers and workers ask for operators' orders")
+    canary_s: Seconds = Field(30.0, description="how often a run of our own goes through the whole pipeline")
+    canary_within_s: Seconds = Field(15.0, description="one that takes longer makes the service unready")
     relay_lease_s: Seconds = Field(10.0, description="lease of the one relay that publishes")
 
     keep_runs_s: Seconds = Field(30 * 86400.0, description="a finished run is deleted after that time")
@@ -64,12 +76,39 @@ class Settings(BaseSettings):
         7 * 86400.0, description="bundle, output and artifacts of a finished run are deleted after that time"
     )
 
+    keep_orphan_blobs_s: Annotated[float, Field(ge=3600)] = Field(
+        3600.0, description="bytes that no run uses are deleted after that time; longer than any run or upload lasts"
+    )
+
+    metrics_address: str = Field(
+        "", description="HOST:PORT of Prometheus' /metrics, best on loopback; each process its own port; empty: off"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of the structured logs")
+    failpoints: str = Field(
+        "", description="NAME:ACTION[@N],... for tests of faults; refused unless environment=test; empty: none"
+    )
 
     @field_validator("policy_file", "bus_url", mode="before")
     @classmethod
     def _empty_is_absent(cls, value: object) -> object:
         return None if value == "" else value
+
+    @field_validator("failpoints")
+    @classmethod
+    def _only_in_tests(cls, value: str, info: ValidationInfo) -> str:
+        if parse(value) and info.data.get("environment") != "test":
+            raise ValueError("failpoints exist only where environment=test")
+        return value
+
+    @field_validator("metrics_address")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        if value:
+            host, _, port = value.rpartition(":")
+            ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+            if not (port.isascii() and port.isdigit() and int(port) <= 65535):
+                raise ValueError("expected HOST:PORT, such as 127.0.0.1:9100")
+        return value
 
     @property
     def sql_url(self) -> str:

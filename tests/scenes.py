@@ -18,6 +18,7 @@ from service.core.boundary import (
     Bundle,
     Cancellation,
     Execution,
+    Listener,
     Sandbox,
     StepSpec,
 )
@@ -125,10 +126,10 @@ class _Staged:
         self._stage.uploads.append(bundle)
         self._behind.upload(bundle)
 
-    def execute(self, step: StepSpec) -> Execution:
+    def execute(self, step: StepSpec, *, listener: Listener | None = None) -> Execution:
         self._stage.specs.append(step)
         self._stage.act("step")
-        return self._behind.execute(step)
+        return self._behind.execute(step, listener=listener)
 
     def evidence(self) -> Any:
         self._stage.act("evidence")

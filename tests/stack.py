@@ -32,6 +32,7 @@ SETTINGS = {
     "BLASTDOOR_HOUSEKEEPING_S": "1",
     "BLASTDOOR_RING_AFTER_S": "2",
     "BLASTDOOR_WORKER_CONCURRENCY": "2",
+    "BLASTDOOR_CANARY_S": "600",  # one at the start; later ones would be among the runs that tests count
 }
 Document = dict[str, Any]
 
@@ -121,10 +122,13 @@ class Stack:
         assert len(found) == 1, found
         return found[0]
 
+    def work_of(self, run_id: str) -> Path:
+        """The guest's /work as this host sees it."""
+        return self.runtime_dir / self.installation / boundary_name(run_id, 1) / "fs" / "work"
+
     def wait_for_file(self, run_id: str, name: str) -> None:
         """Until the guest has made this file in /work, by lstat alone: only then does its step play for sure."""
-        name = f"{boundary_name(run_id, 1)}/fs/work/{name}"
-        assert eventually(lambda: os.path.lexists(self.runtime_dir / self.installation / name)), f"no {name}"
+        assert eventually(lambda: os.path.lexists(self.work_of(run_id) / name)), f"no {name}"
 
     def left_of(self, run_id: str, *, within_s: float = GONE_WITHIN_S) -> list[Found]:
         return swept(self.mark(run_id), within_s=within_s)

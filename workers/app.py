@@ -10,27 +10,34 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import celery.apps.worker
 import structlog
 from celery import bootsteps, signals
 
+from service.adapters import failpoints
 from service.adapters.blobs import FileBlobs
 from service.adapters.celery_queue import RING_TASK, WORKER_OPTIONS, CeleryDoorbell, celery_app, queue_name
 from service.adapters.redis_bus import RedisHints
 from service.adapters.sql_store import SqlStore
 from service.core.boundary import Boundary, BoundaryKind, Capabilities
+from service.core.custody import ReaperStore
 from service.core.errors import BlastdoorError, Unavailable
 from service.core.ids import new_id
-from service.core.ports import WorkerRecord
-from service.logs import configure
+from service.core.ports import RunLine, WorkerRecord
+from service.logs import configure, own_the_streams
+from service.metrics import Address, new_registry, serve_if_asked
 from service.settings import Settings
-from workers.reaper import sweep
+from workers.drain import draining
+from workers.metrics import MeteredLine, MeteredRecovery, PoolMetrics, ReaperMetrics
+from workers.reaper import Reaper, Swept, watch_sites
 from workers.reconcile import reconcile
 from workers.registry import Warmable, load
 from workers.run_scenario import Line
@@ -41,6 +48,7 @@ _JUST_HEARD_S = 0.2
 """A child that was handed a bell has begun to play by then."""
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,9 @@ def probe(boundaries: Mapping[BoundaryKind, Boundary]) -> tuple[Capabilities, ..
 
 def start(role: str) -> int:
     """`worker` or `reaper`, with the settings of the environment; -> the exit status."""
-    return {"worker": run_worker, "reaper": run_reaper}[role](Settings())
+    settings = Settings()
+    failpoints.arm(settings.failpoints, environment=settings.environment)
+    return {"worker": run_worker, "reaper": run_reaper}[role](settings)
 
 
 # --- the worker -----------------------------------------------------------------------------------------------------
@@ -115,27 +125,54 @@ def start(role: str) -> int:
 def run_worker(settings: Settings) -> int:
     """Probe, register, consume. Returns when Celery stops; 3 when this host can build nothing."""
     configure(settings.log_level, program="worker")
+    own_the_streams()
+    _silence_celery()
     parts = build(settings)
     capabilities = probe(parts.boundaries)
-    record = WorkerRecord(id=new_id("wrk"), host=socket.gethostname(), site=settings.site, capabilities=capabilities)
+    record = WorkerRecord(
+        id=new_id("wrk"), host=socket.gethostname(), site=settings.site, capabilities=capabilities,
+        slots=settings.worker_concurrency,
+    )  # fmt: skip
     parts.store.record_worker(record)
     offered = _offered(capabilities)
     if not offered:
         log.error("this host can build no boundary; run `blastdoor doctor`")
         return 3
     app = celery_app(settings.broker_url)
-    lines = _LinePerProcess(settings, record)
+    pool = PoolMetrics(settings.runtime_dir) if settings.metrics_address else None
+    lines = _LinePerProcess(settings, record, pool)
     busy = _Busy()
-    register(app, lines, ring_task=RING_TASK, playing=busy.playing)
+    register(app, lines, ring_task=RING_TASK, playing=partial(_playing, busy, lines))
     app.Worker = _soft_shutdown(app.Worker, busy)
     signals.worker_process_init.connect(lambda **_: lines.warm(), weak=False)
     app.steps["worker"].add(_registrar(parts, record))
-    queues = ",".join(queue_name(boundary) for boundary in offered)
+    queue_of = {boundary: queue_name(boundary) for boundary in offered}
+    app.steps["worker"].add(
+        draining(
+            parts.store, parts.doorbell, worker_id=record.id, queues=queue_of, busy=busy.anybody,
+            every_s=settings.orders_poll_s,
+        )
+    )  # fmt: skip
+    if pool is not None:
+        app.steps["worker"].add(_scraped(pool, settings.metrics_address))
+    queues = ",".join(queue_of.values())
     log.info("worker starts", worker=record.id, queues=queues, concurrency=settings.worker_concurrency)
-    arguments = ["worker", "-Q", queues, "-c", str(settings.worker_concurrency), "-P", "prefork", "-n", record.id]
-    app.worker_main([*arguments, *WORKER_OPTIONS, "-l", settings.log_level])
+    pool_size = str(settings.worker_concurrency)
+    arguments = ["--quiet", "worker", "-Q", queues, "-c", pool_size, "-P", "prefork", "-n", record.id]
+    try:
+        app.worker_main([*arguments, *WORKER_OPTIONS, "-l", settings.log_level])
+    finally:
+        if pool is not None:
+            pool.close()
     parts.store.forget_worker(record.id)
     return 0
+
+
+def _silence_celery() -> None:
+    """The log is ours: Celery adds no handlers to it, and says nothing past it. What it says in a signal handler goes
+    straight to the descriptor; the same is logged as well."""
+    signals.setup_logging.connect(lambda **_: None, weak=False)
+    celery.apps.worker.safe_say = lambda *_: None
 
 
 def _offered(capabilities: Sequence[Capabilities]) -> list[str]:
@@ -146,9 +183,10 @@ class _LinePerProcess:
     """Each child makes its own connections, once, after the fork. At each bell it offers what its parent measured last,
     which is what the API places runs by: older news would let a bell for a new runtime's first run be used up."""
 
-    def __init__(self, settings: Settings, record: WorkerRecord) -> None:
-        self._settings, self._record = settings, record
+    def __init__(self, settings: Settings, record: WorkerRecord, pool: PoolMetrics | None) -> None:
+        self._settings, self._record, self._pool = settings, record, pool
         self._parts: Parts | None = None
+        self._metered: MeteredLine | None = None
 
     def __call__(self) -> Line:
         settings, parts = self._settings, self._mine()
@@ -161,7 +199,7 @@ class _LinePerProcess:
             cancel_poll=timedelta(seconds=settings.cancel_poll_s),
         )
         return Line(
-            runs=parts.store,
+            runs=parts.store if self._metered is None else cast(RunLine, self._metered),
             blobs=parts.blobs,
             hints=parts.hints,
             doorbell=parts.doorbell,
@@ -176,13 +214,24 @@ class _LinePerProcess:
 
     def warm(self) -> None:
         """What the first run would otherwise wait for. Celery kills a child that takes four seconds to start."""
+        if self._pool is not None:
+            self._pool.forked()
+        self.rest()
         for boundary in self._mine().boundaries.values():
             if isinstance(boundary, Warmable):
                 boundary.warm()
 
+    def rest(self) -> None:
+        """Nothing is being played: what is counted of it is final."""
+        self._mine()
+        if self._metered is not None:
+            self._metered.rest()
+
     def _mine(self) -> Parts:
         if self._parts is None or self._parts.pid != os.getpid():
             self._parts = build(self._settings)
+            if self._pool is not None:
+                self._metered = MeteredLine(self._parts.store, self._pool.metrics)
         return self._parts
 
 
@@ -208,6 +257,15 @@ class _Busy:
             return True
         fcntl.lockf(self._fd, fcntl.LOCK_UN)
         return False
+
+
+@contextmanager
+def _playing(busy: _Busy, lines: _LinePerProcess) -> Iterator[None]:
+    with busy.playing():
+        try:
+            yield
+        finally:
+            lines.rest()
 
 
 def _soft_shutdown(worker: type[Any], busy: _Busy) -> type[Any]:
@@ -247,13 +305,34 @@ def _registrar(parts: Parts, record: WorkerRecord) -> type[Any]:
     return Registrar
 
 
+def _scraped(pool: PoolMetrics, asked: str) -> type[Any]:
+    """A step of the worker's parent that answers Prometheus on its event loop, for the reason above."""
+    address, registry = Address.parse(asked), new_registry("worker")
+    assert address is not None
+    try:
+        fd, answer = pool.listen(registry, address.host, address.port)
+    except OSError as error:
+        raise BlastdoorError(f"metrics cannot be served on {address}: {error.strerror}") from error
+    log.info("metrics_served", address=str(Address(address.host, pool.port)))
+
+    class Scraped(bootsteps.StartStopStep):  # type: ignore[misc]
+        def register_with_event_loop(self, worker: Any, hub: Any) -> None:
+            hub.add_reader(fd, answer)
+
+    return Scraped
+
+
 # --- the reaper -----------------------------------------------------------------------------------------------------
 
 
 def run_reaper(settings: Settings) -> int:
     """Reconcile and sweep on a timer until SIGTERM or SIGINT, then once more. Returns 0."""
     configure(settings.log_level, program="reaper")
+    own_the_streams()
     parts = build(settings)
+    registry = new_registry("reaper")
+    metrics = ReaperMetrics(registry)
+    serve_if_asked(registry, settings.metrics_address)
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -262,32 +341,53 @@ def run_reaper(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     log.info("reaper starts", site=settings.site, installation=parts.installation)
+    runs = cast(ReaperStore, MeteredRecovery(parts.store, metrics))
+    reaper = Reaper(
+        parts.boundaries.values(), runs, parts.hints, installation=parts.installation, site=settings.site,
+        quarantine_after=timedelta(seconds=settings.quarantine_after_s), on_quarantine=metrics.quarantined.inc,
+    )  # fmt: skip
     while not stop.is_set():
-        housekeep(parts)
-        stop.wait(settings.housekeeping_s)
-    housekeep(parts)
+        housekeep(parts, reaper, runs, metrics)
+        due = time.monotonic() + settings.housekeeping_s
+        while (left_s := due - time.monotonic()) > 0 and not stop.wait(min(settings.orders_poll_s, left_s)):
+            _passed(reaper.attend)
+    housekeep(parts, reaper, runs, metrics)
     return 0
 
 
-def housekeep(parts: Parts) -> None:
+def housekeep(parts: Parts, reaper: Reaper, runs: ReaperStore, metrics: ReaperMetrics) -> None:
     """One pass. What cannot be reached now is reached by the next pass; nothing here keeps state between passes."""
     settings = parts.settings
-    try:
-        reconcile(
-            parts.store,
-            parts.doorbell,
-            parts.hints,
-            max_queue=timedelta(seconds=settings.max_queue_s),
-            ring_after=timedelta(seconds=settings.ring_after_s),
-        )
-        swept = sweep(
-            parts.boundaries.values(), parts.store, parts.hints, installation=parts.installation, site=settings.site
-        )
-    except BlastdoorError as error:
-        log.warning("housekeeping was interrupted; the next pass goes on", error=str(error))
+
+    def passing() -> Swept:
+        times = {
+            "max_queue": timedelta(seconds=settings.max_queue_s),
+            "ring_after": timedelta(seconds=settings.ring_after_s),
+        }
+        reconcile(runs, parts.doorbell, parts.hints, **times)
+        watch_sites(runs, parts.hints, own=settings.site, silent_after=timedelta(seconds=settings.site_silent_s))
+        return reaper.sweep()
+
+    with metrics.passes.time():
+        swept = _passed(passing)
+    if swept is None:
+        metrics.failed.inc()
         return
-    except Exception:  # a defect; the reaper outlives it, since nothing else ends what a dead worker left
-        log.exception("housekeeping failed; the next pass goes on")
-        return
+    for ref in swept.destroyed:
+        metrics.swept.labels(ref.boundary).inc()
+    for ref in swept.resisted:
+        metrics.resisted.labels(ref.boundary).inc()
+    metrics.orphans.set(len(swept.resisted))
     if swept.destroyed or swept.resisted:
         log.info("swept", destroyed=len(swept.destroyed), resisted=len(swept.resisted), recorded=swept.recorded)
+
+
+def _passed(work: Callable[[], T]) -> T | None:
+    """-> None when it was interrupted."""
+    try:
+        return work()
+    except BlastdoorError as error:
+        log.warning("housekeeping was interrupted; the next pass goes on", error=str(error))
+    except Exception:  # a defect; the reaper outlives it, since nothing else ends what a dead worker left
+        log.exception("housekeeping failed; the next pass goes on")
+    return None

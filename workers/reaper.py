@@ -1,68 +1,212 @@
-"""Applies the deciders to the world of one site: what no run claims is destroyed, what is gone is recorded as gone.
+"""Applies the deciders to the world of one site: what no run claims is destroyed, what is gone is recorded as gone, and
+what operators ordered is done.
 
 A claim is committed before anything is created, and each row is read after the world was listed: so whatever is listed
 has its row, and an unknown fence really is an orphan. Which runs nobody acts on is read before: so what is then not
 listed really is gone. Two reapers at once are safe: destroying is idempotent, recording counts once.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import timedelta
 
 import structlog
 
 from service.core.boundary import Boundary, BoundaryKind, BoundaryRef
+from service.core.cleanup import (
+    ActionResult,
+    BoundaryState,
+    Check,
+    Observed,
+    Order,
+    recheck,
+    resists_too_long,
+    state_of,
+)
+from service.core.custody import ReaperStore
 from service.core.errors import BlastdoorError, NotYetDestroyed
-from service.core.lease import LeaseView, gone
-from service.core.ports import Hints, RunLine
+from service.core.failpoints import Failpoint, reach
+from service.core.lease import LeaseView
+from service.core.ports import Hints
+
+QUARANTINE_AFTER = timedelta(seconds=30)
+SITE_SILENT = timedelta(minutes=5)
+_AT_ONCE = 8
+"""Boundaries that are destroyed side by side: one that resists takes seconds, and the others should not wait for it."""
 
 log = structlog.get_logger()
+
+Why = str
 
 
 @dataclass(frozen=True)
 class Swept:
-    """What one pass did: boundaries destroyed, boundaries that resisted, fences recorded as gone."""
+    """What one pass did: boundaries destroyed, boundaries that resisted, fences recorded as gone; those of them that
+    are quarantined from now on."""
 
     destroyed: tuple[BoundaryRef, ...]
     resisted: tuple[BoundaryRef, ...]
     recorded: int
+    quarantined: tuple[BoundaryRef, ...] = ()
 
 
-def sweep(boundaries: Iterable[Boundary], runs: RunLine, hints: Hints, *, installation: str, site: str) -> Swept:
-    """One pass. A boundary that cannot be listed is logged, does not stop the others, and nothing is called absent."""
-    by_kind = {boundary.kind: boundary for boundary in boundaries}
-    unclaimed = runs.undestroyed(site)
-    listed = {kind: _discovered(boundary) for kind, boundary in by_kind.items()}
-    destroyed: list[BoundaryRef] = []
-    resisted: list[BoundaryRef] = []
-    for ref in (ref for refs in listed.values() for ref in refs or () if ref.installation == installation):
-        now = runs.now()
-        if _is_canary(ref, now=now) or not gone(runs.lease_of(ref.run_id), ref.fence, now=now):
-            continue
-        (destroyed if _destroyed(by_kind[ref.kind], ref) else resisted).append(ref)
-    absent = [view for view in unclaimed if _is_absent(view, listed)]
-    facts = [(ref.run_id, ref.fence) for ref in destroyed] + [(view.run_id, view.fence) for view in absent]
-    recorded = sum(_record(runs, hints, run_id, fence) for run_id, fence in facts)
-    return Swept(tuple(destroyed), tuple(resisted), recorded)
+@dataclass(frozen=True)
+class _World:
+    """What was just listed, and how it stands. A kind that could not be listed is None: not the same as empty."""
+
+    listed: Mapping[BoundaryKind, Sequence[BoundaryRef] | None]
+    found: Sequence[Observed]
+    states: Mapping[str, BoundaryState]
 
 
-def _is_canary(ref: BoundaryRef, *, now: datetime) -> bool:
-    """A probe is trying the wall out: runs have fences from 1 on. It has until it expires."""
-    return ref.fence == 0 and now < ref.expires_at
+class Reaper:
+    """Of one site. Keeps nothing between two passes but what is in the store."""
+
+    def __init__(
+        self, boundaries: Iterable[Boundary], runs: ReaperStore, hints: Hints, *, installation: str, site: str,
+        quarantine_after: timedelta = QUARANTINE_AFTER, on_quarantine: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._by_kind = {boundary.kind: boundary for boundary in boundaries}
+        self._runs, self._hints = runs, hints
+        self._installation, self._site = installation, site
+        self._quarantine_after, self._on_quarantine = quarantine_after, on_quarantine
+
+    def sweep(self) -> Swept:
+        """One pass. A boundary that cannot be listed is logged, does not stop the others, and nothing is called
+        absent. Raises Unavailable before anything is destroyed when the database is away."""
+        unclaimed = self._runs.undestroyed(self._site)
+        world = self.look()
+        unwanted = [one.ref for one in world.found if one.state is not BoundaryState.LIVE]
+        resisted = self._destroy(unwanted)
+        destroyed = [ref for ref in unwanted if ref.name not in resisted]
+        self._runs.drop_from_inventory(self._site, [ref.name for ref in destroyed])
+        absent = [view for view in unclaimed if _is_absent(view, world.listed)]
+        facts = [(ref.run_id, ref.fence) for ref in destroyed] + [(view.run_id, view.fence) for view in absent]
+        recorded = sum(self._record(run_id, fence) for run_id, fence in facts)
+        still = [ref for ref in unwanted if ref.name in resisted]
+        quarantined = [ref for ref in still if self._is_quarantined(ref, resisted[ref.name])]
+        return Swept(tuple(destroyed), tuple(still), recorded, tuple(quarantined))
+
+    def look(self) -> _World:
+        """List the world and write it down; destroy nothing."""
+        listed = {kind: _discovered(boundary) for kind, boundary in self._by_kind.items()}
+        refs = [ref for refs in listed.values() for ref in refs or () if ref.installation == self._installation]
+        resisting = {
+            row.ref.name
+            for row in self._runs.inventory(self._site)
+            if row.state is BoundaryState.QUARANTINED and row.resisting_since is not None
+        }
+        now = self._runs.now()  # before the leases: one that is renewed meanwhile must not look as if it had run out
+        views = self._runs.leases_of({ref.run_id for ref in refs})
+        found = [
+            Observed(
+                ref=ref,
+                state=state_of(ref, views.get(ref.run_id), now=now, resists=ref.name in resisting),
+            )
+            for ref in refs
+        ]
+        seen = [kind for kind, refs_ in listed.items() if refs_ is not None]
+        self._runs.record_inventory(self._site, seen, found)
+        return _World(listed, found, {one.ref.name: one.state for one in found})
+
+    def obey(self) -> int:
+        """Do what operators ordered for this site, line by line, each looked at again. -> lines that have their result
+        now; the others are waited for."""
+        orders = self._runs.orders(self._site)
+        if not orders:
+            return 0
+        world, now = self.look(), self._runs.now()
+        concluded = 0
+        to_destroy: list[Order] = []
+        for order in orders:
+            if self._installation != order.ref.installation or order.ref.kind not in self._by_kind:
+                concluded += self._conclude(order, f"{ActionResult.REFUSED}: this site builds no such boundary")
+            elif world.listed[order.ref.kind] is not None:
+                check = recheck(order, world.states.get(order.ref.name), now=now)
+                if check is Check.GONE:
+                    self._record(order.ref.run_id, order.ref.fence)
+                    concluded += self._conclude(order, ActionResult.DESTROYED)
+                elif check is Check.REFUSE:
+                    concluded += self._conclude(order, f"{ActionResult.REFUSED}: somebody acts on it again")
+                elif check is Check.DESTROY:
+                    to_destroy.append(order)
+        resisted = self._destroy([order.ref for order in to_destroy])
+        self._runs.drop_from_inventory(self._site, [o.ref.name for o in to_destroy if o.ref.name not in resisted])
+        for order in to_destroy:
+            why = resisted.get(order.ref.name)
+            if why is None:
+                self._record(order.ref.run_id, order.ref.fence)
+                concluded += self._conclude(order, ActionResult.DESTROYED)
+            elif self._is_quarantined(order.ref, why):
+                concluded += self._conclude(order, f"{ActionResult.QUARANTINED}: {why}")
+        return concluded
+
+    def attend(self) -> None:
+        """Between two sweeps: when somebody asks for a look, or ordered something. Else two small reads."""
+        if self._runs.orders(self._site):
+            self.obey()
+        elif self._runs.is_asked_to_look(self._site):
+            self.look()
+
+    def _destroy(self, refs: Sequence[BoundaryRef]) -> dict[str, Why]:
+        """All of them, side by side. -> why not, by name, for those that resist."""
+        if not refs:
+            return {}
+        with ThreadPoolExecutor(min(_AT_ONCE, len(refs)), thread_name_prefix="reaper") as pool:
+            answers = list(pool.map(lambda ref: _destroyed(self._by_kind[ref.kind], ref), refs))
+        return {ref.name: why for ref, why in zip(refs, answers, strict=True) if why is not None}
+
+    def _is_quarantined(self, ref: BoundaryRef, why: Why) -> bool:
+        """It has just resisted. Past its deadline that is said once, to the operator and to whoever owns the run."""
+        since = self._runs.note_resistance(self._site, ref.name)
+        if not resists_too_long(since, now=self._runs.now(), quarantine_after=self._quarantine_after):
+            return False
+        if self._runs.mark_quarantined(self._site, ref.name):
+            log.warning("boundary quarantined", boundary=ref.name, run_id=ref.run_id, fence=ref.fence, why=why)
+            self._on_quarantine()
+        if self._runs.record_quarantined(ref.run_id, ref.fence):
+            self._hints.hint("outbox", ref.run_id)
+        return True
+
+    def _record(self, run_id: str, fence: int) -> int:
+        if not self._runs.record_destroyed(run_id, fence):
+            return 0
+        self._hints.hint("outbox", run_id)
+        return 1
+
+    def _conclude(self, order: Order, result: str) -> int:
+        log.info("order done", plan=order.plan_id, n=order.n, boundary=order.ref.name, result=str(result))
+        return int(self._runs.conclude_order(order.plan_id, order.n, str(result)))
 
 
-def _is_absent(view: LeaseView, listed: Mapping[BoundaryKind, list[BoundaryRef] | None]) -> bool:
+def sweep(
+    boundaries: Iterable[Boundary], runs: ReaperStore, hints: Hints, *, installation: str, site: str,
+    quarantine_after: timedelta = QUARANTINE_AFTER,
+) -> Swept:  # fmt: skip
+    """One pass of a reaper that is made for it."""
+    reaper = Reaper(boundaries, runs, hints, installation=installation, site=site, quarantine_after=quarantine_after)
+    return reaper.sweep()
+
+
+def watch_sites(runs: ReaperStore, hints: Hints, *, own: str, silent_after: timedelta) -> Collection[str]:
+    """What silent sites had, and is not known to be gone, is quarantined: said once for each. Any site's reaper says
+    it of the others. -> the silent sites."""
+    now = runs.now()
+    silent = [site.name for site in runs.sites() if site.name != own and site.is_silent(now=now, after=silent_after)]
+    for name in silent:
+        for view in runs.undestroyed(name):
+            if runs.record_quarantined(view.run_id, view.fence):
+                log.warning("site silent; its boundary is quarantined", site=name, run_id=view.run_id, fence=view.fence)
+                hints.hint("outbox", view.run_id)
+    return silent
+
+
+def _is_absent(view: LeaseView, listed: Mapping[BoundaryKind, Sequence[BoundaryRef] | None]) -> bool:
     """Nobody acted on the run before the world was listed, and the world has no trace of its boundary: the worker died
     before it created anything, or after it destroyed everything."""
     refs = listed.get(BoundaryKind(view.boundary.split("/")[0].split("+")[0]))
     return refs is not None and all((ref.run_id, ref.fence) != (view.run_id, view.fence) for ref in refs)
-
-
-def _record(runs: RunLine, hints: Hints, run_id: str, fence: int) -> int:
-    if not runs.record_destroyed(run_id, fence):
-        return 0
-    hints.hint("outbox", run_id)
-    return 1
 
 
 def _discovered(boundary: Boundary) -> list[BoundaryRef] | None:
@@ -74,11 +218,14 @@ def _discovered(boundary: Boundary) -> list[BoundaryRef] | None:
         return None
 
 
-def _destroyed(boundary: Boundary, ref: BoundaryRef) -> bool:
+def _destroyed(boundary: Boundary, ref: BoundaryRef) -> Why | None:
+    """-> None when it is gone, or why it is not."""
+    reach(Failpoint.REAPER_BEFORE_DESTROY)
     try:
         boundary.destroy(ref)
     except (NotYetDestroyed, OSError) as error:
         log.warning("not yet destroyed", boundary=ref.name, error=str(error))
-        return False
+        return str(error)
+    reach(Failpoint.REAPER_DESTROYED)
     log.info("destroyed an orphan", boundary=ref.name, run_id=ref.run_id, fence=ref.fence)
-    return True
+    return None

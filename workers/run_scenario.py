@@ -35,11 +35,14 @@ from service.core.errors import (
     TooLarge,
     Unavailable,
 )
+from service.core.failpoints import Failpoint, reach
 from service.core.lease import cancelled as cancelled_verdict
+from service.core.news import News
 from service.core.ports import Blobs, Claim, Doorbell, Hints, RunLine
 from service.core.run import Outcome, Reason, Result, Verdict, output_name
 from service.core.scenario import Step
 from service.core.verdict import JudgedStep, judge_files, judge_run, judge_step, skipped
+from workers.live import Live
 from workers.watch import Watch, WatchTimes
 
 ALWAYS_GRACE_S = 10.0
@@ -140,14 +143,20 @@ def run_waiting(line: Line) -> bool:
     )
     if claim is None:
         return False
+    reach(Failpoint.CLAIM_AFTER)
     run, fence = claim.run, claim.fence
     line.hints.hint("outbox", run.id)
     logger = log.bind(run_id=run.id, fence=fence, boundary=run.placement.boundary)
     ref = _ref(line, claim)
     boundary = line.boundaries[ref.kind]
-    with Watch(line.runs, run_id=run.id, fence=fence, times=line.times) as watch:
+    output = run.controls.limits.output
+    with (
+        structlog.contextvars.bound_contextvars(run_id=run.id, trace_id=claim.trace_id),
+        Watch(line.runs, run_id=run.id, fence=fence, times=line.times) as watch,
+        Live(line.runs, line.hints, run_id=run.id, fence=fence, head_bytes=output - output // 2) as live,
+    ):
         try:
-            _play_through(line, claim, boundary, ref, watch)
+            _play_through(line, claim, boundary, ref, watch, live)
         except LeaseLost as error:
             logger.warning("lease lost; the boundary was killed and nothing was written", error=str(error))
         finally:
@@ -156,35 +165,47 @@ def run_waiting(line: Line) -> bool:
     return True
 
 
-def _play_through(line: Line, claim: Claim, boundary: Boundary, ref: BoundaryRef, watch: Watch) -> None:
+def _play_through(line: Line, claim: Claim, boundary: Boundary, ref: BoundaryRef, watch: Watch, live: Live) -> None:
     run, fence = claim.run, claim.fence
     logger = log.bind(run_id=run.id, fence=fence)
     played = _Played()
     storage = _Storage(line.blobs, run.tenant)
     spec = BoundarySpec(limits=run.controls.limits, network=run.controls.network, runtime=claim.scenario.runtime)
     try:
+        live.progress("boundary", "started", text=run.placement.boundary)
         with boundary.open(spec, ref, cancelled=watch) as sandbox:
             if claim.bundle is not None:
                 bundle_path = line.blobs.path(run.tenant, claim.bundle.digest)
                 sandbox.upload(claim.bundle.model_copy(update={"path": bundle_path}))
-            _insist(watch, lambda: line.runs.mark_running(run.id, fence))
+            reach(Failpoint.UPLOAD_AFTER)
+            live.progress("boundary", "done", text=run.placement.boundary)
+            _move(watch, live, lambda news: line.runs.mark_running(run.id, fence, news=news))
+            reach(Failpoint.RUNNING_AFTER)
             line.hints.hint("outbox", run.id)
             storage.look(line, watch)
-            _play(claim, sandbox, watch, played, storage)
+            live.keep_within(storage.left_bytes)
+            _play(claim, sandbox, watch, played, storage, live)
             watch.raise_if_lost()
-            _insist(watch, lambda: line.runs.mark_collecting(run.id, fence))
+            _move(watch, live, lambda news: line.runs.mark_collecting(run.id, fence, news=news))
+            live.progress("collect", "started")
+            reach(Failpoint.COLLECT_BEFORE)
             storage.look(line, watch)
             result = _collected(claim, sandbox, watch, played, storage)
-        _insist(watch, lambda: line.runs.finish(run.id, fence, result))
+            live.progress("collect", "done")
+            reach(Failpoint.COLLECT_AFTER)
+        reach(Failpoint.FINISH_BEFORE)
+        _move(watch, live, lambda news: line.runs.finish(run.id, fence, result, news=news))
+        reach(Failpoint.FINISH_AFTER)
     except ProvisionFailed as failed:
         watch.raise_if_lost()
         why = str(failed)
+        live.progress("boundary", "failed", text=why)
         if watch.cancelled_by is not None:
             cancelled = Result(verdict=cancelled_verdict(watch.cancelled_by))
-            _insist(watch, lambda: line.runs.finish(run.id, fence, cancelled))
+            _move(watch, live, lambda news: line.runs.finish(run.id, fence, cancelled, news=news))
         else:
             logger.warning("provisioning failed", error=why)
-            _insist(watch, lambda: line.runs.requeue(run.id, fence, why=why))
+            _move(watch, live, lambda news: line.runs.requeue(run.id, fence, why=why, news=news))
     except LeaseLost:
         raise
     except Exception as error:
@@ -194,7 +215,7 @@ def _play_through(line: Line, claim: Claim, boundary: Boundary, ref: BoundaryRef
             verdict=_errored(error), steps=tuple(s.result for s in played.steps), outputs=storage.outputs,
             output_bytes=storage.output_bytes,
         )  # fmt: skip
-        _insist(watch, lambda: line.runs.finish(run.id, fence, errored))
+        _move(watch, live, lambda news: line.runs.finish(run.id, fence, errored, news=news))
     finally:
         line.hints.hint("run", run.id)
         line.hints.hint("outbox", run.id)
@@ -212,13 +233,19 @@ def _insist(watch: Watch, ask: Callable[[], T]) -> T:
             watch.pause()
 
 
+def _move(watch: Watch, live: Live, write: Callable[[tuple[News, ...]], T]) -> T:
+    """End the phase, and with it what is still to be told of it."""
+    with live.ending_phase() as news:
+        return _insist(watch, lambda: write(news))
+
+
 def _errored(error: Exception) -> Verdict:
     if isinstance(error, BoundaryLost):
         return Verdict(outcome=Outcome.ERRORED, reason=Reason.BOUNDARY_LOST, message=str(error))
     return Verdict(outcome=Outcome.ERRORED, reason=Reason.INTERNAL, message="an error inside the platform")
 
 
-def _play(claim: Claim, sandbox: Sandbox, watch: Watch, played: _Played, storage: _Storage) -> None:
+def _play(claim: Claim, sandbox: Sandbox, watch: Watch, played: _Played, storage: _Storage, live: Live) -> None:
     """One step after another. Wall time counts from here; what of it is left bounds each step."""
     scenario, wall_s = claim.scenario, claim.run.controls.limits.wall.total_seconds()
     started = time.monotonic()
@@ -226,18 +253,25 @@ def _play(claim: Claim, sandbox: Sandbox, watch: Watch, played: _Played, storage
     for n, step in enumerate(scenario.steps, start=1):
         if dead or watch.is_set() or (stopped and not step.always):
             played.steps.append(skipped(n, step))
+            live.progress("step", "skipped", step=n, steps=len(scenario.steps), name=step.name)
             continue
         left_s = wall_s - (time.monotonic() - started)
         timeout_s, wall_is_next = allowed(step, left_s=left_s, stopped=stopped)
         spec = StepSpec(
             n=n, argv=step.argv, env=scenario.environment(step), stdin=step.stdin.encode(), timeout_s=timeout_s
         )
-        execution = sandbox.execute(spec)
+        live.progress("step", "started", step=n, steps=len(scenario.steps), name=step.name)
+        with live.step(n) as listener:
+            execution = sandbox.execute(spec, listener=listener)
+        reach(Failpoint.STEP_AFTER)
         if wall_is_next and execution.ended is Ended.STEP_TIMEOUT:
             execution = execution.model_copy(update={"ended": Ended.WALL_TIMEOUT})
         storage.put_output(n, execution)
         judged = judge_step(n, step, execution)
         played.steps.append(judged)
+        live.progress(
+            "step", judged.result.outcome.value, step=n, steps=len(scenario.steps), name=step.name, text=judged.message
+        )
         stopped = stopped or judged.stops
         dead = not execution.sandbox_alive
         if execution.ended is Ended.LOST and not watch.is_set():
@@ -283,11 +317,13 @@ def _collected(claim: Claim, sandbox: Sandbox, watch: Watch, played: _Played, st
 
 def _tear_down(line: Line, boundary: Boundary, ref: BoundaryRef, logger: structlog.stdlib.BoundLogger) -> None:
     """Reap our own run at once. What resists is the reaper's; it is not recorded as gone before it is."""
+    reach(Failpoint.DESTROY_BEFORE)
     try:
         boundary.destroy(ref)
     except NotYetDestroyed as error:
         logger.warning("not yet destroyed; left to the reaper", error=str(error))
         return
+    reach(Failpoint.DESTROY_AFTER)
     try:
         recorded = line.runs.record_destroyed(ref.run_id, ref.fence)
     except Unavailable as error:

@@ -1,5 +1,6 @@
 """The lease's keeper: one thread per run that renews the lease, sees a cancellation, and knows when to give up."""
 
+import contextvars
 import threading
 import time
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ class Watch:
     def __init__(self, runs: RunLine, *, run_id: str, fence: int, times: WatchTimes) -> None:
         self._runs, self._run_id, self._fence, self._times = runs, run_id, fence, times
         self._stop, self._set = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._keep, name=f"watch-{run_id}", daemon=True)
+        context = contextvars.copy_context()  # so that its log says whose run it keeps
+        self._thread = threading.Thread(target=context.run, args=(self._keep,), name=f"watch-{run_id}", daemon=True)
         self._renewed = time.monotonic()
         self.cancelled_by: str | None = None
         self.lost: str | None = None

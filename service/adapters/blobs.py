@@ -15,8 +15,10 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -80,6 +82,39 @@ class FileBlobs:
         with suppress(NotFound):
             self._place(tenant, digest).unlink(missing_ok=True)
 
+    def older_than(self, tenant: str, age: timedelta) -> Sequence[str]:
+        until = time.time() - age.total_seconds()
+        try:
+            entries = list(os.scandir(self._home(tenant)))
+        except FileNotFoundError:
+            return []
+        return sorted(f"sha256:{entry.name}" for entry in entries if _stored_at(entry) <= until)
+
+    def discard(self, tenant: str, digest: str, *, age: timedelta) -> bool:
+        """It is moved aside first, and what was moved is judged: between a look at the file and its removal somebody
+        could put a new one in its place. One that is too young after all is put back, unless there is yet a newer."""
+        try:
+            place = self._place(tenant, digest)
+        except NotFound:
+            return False
+        with self._stage() as directory:
+            aside = directory / "discarded"
+            try:
+                place.rename(aside)
+            except FileNotFoundError:
+                return False
+            if aside.stat().st_mtime <= time.time() - age.total_seconds():
+                return True
+            with suppress(FileExistsError):
+                place.hardlink_to(aside)
+            return False
+
+    def clear(self, tenant: str) -> None:
+        """Absent is success; what a writer puts there meanwhile is left for the next time."""
+        home = self._home(tenant)
+        with self._stage() as directory, suppress(FileNotFoundError):
+            home.rename(directory / "cleared")
+
     def staging(self) -> AbstractContextManager[Path]:
         """A new directory with mode 0700, removed at the end. A full disk inside the block is StorageFull."""
         return self._stage()
@@ -114,12 +149,23 @@ class FileBlobs:
         match = _DIGEST.match(digest)
         if match is None:
             raise NotFound
-        return self._blobs / hashlib.sha256(tenant.encode()).hexdigest() / match[1]
+        return self._home(tenant) / match[1]
+
+    def _home(self, tenant: str) -> Path:
+        return self._blobs / hashlib.sha256(tenant.encode()).hexdigest()
 
     def _make_home(self, directory: Path) -> None:
         if not directory.is_dir():
             directory.mkdir(mode=0o700, exist_ok=True)
             _flush_directory(self._blobs)
+
+
+def _stored_at(entry: os.DirEntry[str]) -> float:
+    """Seconds since the epoch; never, for what is gone by now."""
+    try:
+        return entry.stat(follow_symlinks=False).st_mtime
+    except FileNotFoundError:
+        return float("inf")
 
 
 def _copy(source: BinaryIO, to: Path, *, max_bytes: int) -> tuple[str, int]:

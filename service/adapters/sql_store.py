@@ -1,17 +1,29 @@
 """The SQL store: every port that is about state, over one database."""
 
+from service.adapters.sql.audit import SqlAudit
+from service.adapters.sql.canaries import SqlCanaries
+from service.adapters.sql.custody import SqlCustody
+from service.adapters.sql.deliveries import SqlDeliveries
 from service.adapters.sql.engine import Database, Synchronous
 from service.adapters.sql.idempotency import SqlIdempotency
 from service.adapters.sql.keeping import SqlKeeping
+from service.adapters.sql.leftovers import SqlLeftovers
 from service.adapters.sql.line import SqlRunLine
+from service.adapters.sql.news import SqlNews
+from service.adapters.sql.orders import SqlOrders
 from service.adapters.sql.outbox import SqlOutbox
 from service.adapters.sql.runs import SqlRuns
+from service.adapters.sql.standing import SqlStanding
 from service.adapters.sql.tenants import SqlTenants
+from service.adapters.sql.webhooks import SqlWebhooks
 from service.adapters.sql.workers import SqlWorkers
 
 
-class SqlStore(SqlRuns, SqlIdempotency, SqlKeeping, SqlRunLine, SqlTenants, SqlWorkers, SqlOutbox):
-    """RunStore, RunLine, Retention, TenantStore, WorkerStore and Outbox of `service.core.ports`.
+class SqlStore(
+    SqlRuns, SqlIdempotency, SqlKeeping, SqlRunLine, SqlNews, SqlTenants, SqlWorkers, SqlWebhooks, SqlDeliveries,
+    SqlCanaries, SqlOutbox, SqlStanding, SqlCustody, SqlOrders, SqlAudit, SqlLeftovers,
+):  # fmt: skip
+    """RunStore, RunLine, NewsStore, Retention, TenantStore, WorkerStore and Outbox of `service.core.ports`.
 
     `url` is SQLAlchemy's (`sqlite:///FILE`, `postgresql+psycopg://...`); `service.adapters.sql.migrate.upgrade` has
     made the tables. One may be made before a fork and used on both sides. `synchronous` is SQLite's: FULL survives

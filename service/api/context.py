@@ -11,11 +11,12 @@ import anyio
 import anyio.to_thread
 from fastapi import Depends, Request
 
+from service.api.metrics import ApiMetrics
 from service.api.notifier import Notifier
 from service.api.readiness import Readiness
 from service.api.slots import UploadSlots
 from service.core.placement import Policy
-from service.core.ports import Blobs, Doorbell, Hints, RunStore, TenantStore, WorkerStore
+from service.core.ports import Blobs, Doorbell, Hints, NewsStore, TenantStore, WorkerStore
 from service.intake.archive import ArchiveCaps
 from service.usecases.bundles import Bundles
 from service.usecases.submit import Submitting
@@ -36,6 +37,7 @@ class Bounds:
     requests_at_once: int = 4000
     store_threads: int = 12
     judging_threads: int = 4
+    following_threads: int = 4
     worker_fresh: timedelta = timedelta(seconds=90)
 
     @property
@@ -48,7 +50,7 @@ class Bounds:
 class Deps:
     """`checks`: what readiness asks, by name; one that fails raises."""
 
-    runs: RunStore
+    runs: NewsStore
     tenants: TenantStore
     workers: WorkerStore
     blobs: Blobs
@@ -59,6 +61,7 @@ class Deps:
     bounds: Bounds = Bounds()
     archive_caps: ArchiveCaps = field(default_factory=ArchiveCaps)
     version: str = "0"
+    metrics: ApiMetrics = field(default_factory=ApiMetrics)
 
 
 class Context:
@@ -72,15 +75,21 @@ class Context:
             doorbell=deps.doorbell, policy=deps.policy, archive_caps=deps.archive_caps,
             worker_fresh=deps.bounds.worker_fresh,
         )  # fmt: skip
-        self.notifier = Notifier(deps.hints, deps.runs.finished_among)
+        self.notifier = Notifier(deps.hints, deps.runs.newest)
         self.readiness = Readiness(deps.checks)
         self.slots = UploadSlots(deps.bounds.uploads_at_once)
         self._store = anyio.CapacityLimiter(deps.bounds.store_threads)
+        self._following = anyio.CapacityLimiter(deps.bounds.following_threads)
         self._judging = anyio.CapacityLimiter(deps.bounds.judging_threads)
+        deps.metrics.watch(uploads=lambda: self.slots.held, waiters=lambda: self.notifier.waiters)
 
     async def store(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call what reads or writes the store, or a small file."""
         return await anyio.to_thread.run_sync(partial(function, *args, **kwargs), limiter=self._store)
+
+    async def follow(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call what reads the store for one of many who watch: they keep no thread from those who ask."""
+        return await anyio.to_thread.run_sync(partial(function, *args, **kwargs), limiter=self._following)
 
     async def judge(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call what may take seconds of CPU."""

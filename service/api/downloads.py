@@ -1,8 +1,8 @@
-r"""/v1/runs/{id}/steps/{n}/stdout, .../stderr and .../artifacts/{path}: bytes that a guest wrote, for whoever asked.
+r"""What a guest wrote, for whoever asks: /v1/runs/{id}/steps/{n}/stdout, /stderr, /artifacts/{path} and /junit.xml.
 
-They are hostile in a browser: always `application/octet-stream`, always an attachment under a name of our making, never
-sniffed, and sandboxed should one be shown all the same. They are streamed from the file, a piece at a time, so that a
-hundred readers of the largest artifact cost a hundred pieces of memory.
+It is hostile in a browser: always `application/octet-stream` (but for the report, which is of our making), always an
+attachment under a name of our making, never sniffed, and sandboxed should one be shown all the same. Bytes are streamed
+from the file, a piece at a time, so that a hundred readers of the largest artifact cost a hundred pieces of memory.
 """
 
 import base64
@@ -18,10 +18,11 @@ from service.api.auth import ACaller
 from service.api.context import Context, InContext
 from service.api.documentation import Responses, problems
 from service.core.errors import NotFound
-from service.usecases import downloads
+from service.usecases import downloads, fetch
 from service.usecases.downloads import Download, Stream
 
 MEDIA_TYPE = "application/octet-stream"
+JUNIT_TYPE = "application/xml"
 PIECE_BYTES = 256 * 1024
 PIECE_WITHIN_S = 60.0
 """A reader that takes longer for one piece is hung up on: it holds a file open."""
@@ -147,3 +148,28 @@ async def get_artifact(
         downloads.open_artifact, deps.runs, deps.blobs, run_id=run_id, tenant=caller.tenant, path=path
     )
     return DownloadAnswer(context, download)
+
+
+_JUNIT: Responses = {
+    200: {
+        "description": "the report",
+        "content": {JUNIT_TYPE: {"schema": {"type": "string"}}},
+        "headers": {"Content-Disposition": _text("`attachment`, with a name that is safe to save under")},
+    }
+}
+
+
+@router.get(
+    "/{run_id}/junit.xml", operation_id="getJunit", summary="A finished run as JUnit XML", response_class=Response,
+    responses=_JUNIT | problems("unauthenticated", "forbidden", "request_invalid", "not_found", "not_finished"),
+)  # fmt: skip
+async def get_junit(context: InContext, caller: ACaller, run_id: str) -> Response:
+    """A step is a testcase; `failure` is what the code did, `error` our infrastructure. Characters that XML has no
+    place for are spelled out, as `\\x1b`."""
+    report = await context.store(fetch.junit_report, context.deps.runs, run_id=run_id, tenant=caller.tenant)
+    headers = {
+        "Content-Disposition": f'attachment; filename="{safe_name(run_id)}.junit.xml"',
+        "X-Content-Type-Options": "nosniff",
+        "Content-Security-Policy": _POLICY,
+    }
+    return Response(report.encode(), headers=headers, media_type=JUNIT_TYPE)

@@ -3,6 +3,7 @@
 What belongs to another tenant and what never was are one document; only `instance` and `request_id` differ.
 """
 
+import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -109,6 +110,13 @@ def error_response(scope: Scope, *, error: BlastdoorError) -> Response:
         return internal_error(scope, error=error)
     headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, Unavailable) else {}
     return problem_response(scope, code=error.code, detail=error.detail, extra=error.extra, headers=headers)
+
+
+def code_of(error: BaseException) -> str:
+    """The word for it in the table; `gone` when the client hung up."""
+    if isinstance(error, ClientDisconnect | asyncio.CancelledError):
+        return "gone"
+    return error.code if isinstance(error, BlastdoorError) and error.code in TABLE else "internal"
 
 
 def internal_error(scope: Scope, *, error: BaseException) -> Response:

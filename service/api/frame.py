@@ -13,12 +13,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.context import Bounds
 from service.api.errors import error_response, internal_error, problem_response
+from service.api.metrics import ApiMetrics, route_of
+from service.api.tracing import trace_of
 from service.core.errors import TooLarge, Unavailable
 from service.core.ids import new_id
 
 _INCOMING_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{7,127}")
 _STREAMED = {("POST", "/v1/runs")}
 _UNCOUNTED = {"/healthz", "/readyz"}
+_LOGGED_PATH = 200
+"""Characters of a path in the log."""
 HEADERS: Mapping[bytes, bytes] = {
     b"x-content-type-options": b"nosniff",
     b"x-frame-options": b"DENY",
@@ -32,27 +36,37 @@ log = structlog.get_logger()
 
 
 class Frame:
-    def __init__(self, app: ASGIApp, *, bounds: Bounds) -> None:
+    def __init__(self, app: ASGIApp, *, bounds: Bounds, metrics: ApiMetrics) -> None:
         self._app = app
         self._bounds = bounds
+        self._metrics = metrics
         self._at_once = 0
+        metrics.watch(in_flight=lambda: self._at_once)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, receive, send)
-        scope.setdefault("state", {})["request_id"] = exchange.request_id
+        trace = trace_of(scope["headers"])
+        scope.setdefault("state", {}).update(request_id=exchange.request_id, traceparent=trace.traceparent)
+        # What is logged while the request is answered says whose it is, in threads too.
+        with structlog.contextvars.bound_contextvars(request_id=exchange.request_id, trace_id=trace.trace_id):
+            await self._answer(scope, exchange)
+
+    async def _answer(self, scope: Scope, exchange: "_Exchange") -> None:
         counted = scope["path"] not in _UNCOUNTED
         if counted and self._at_once >= self._bounds.requests_at_once:
             busy = Unavailable("as many requests as fit are being served", retry_after_s=1)
             await error_response(scope, error=busy)(scope, exchange.receive, exchange.send)
+            self._metrics.answered(scope, status=exchange.status, duration_s=exchange.duration_s)
             return
         self._at_once += counted
         try:
             await self._serve(scope, exchange)
         finally:
             self._at_once -= counted
+            self._metrics.answered(scope, status=exchange.status, duration_s=exchange.duration_s)
             exchange.log()
 
     async def _serve(self, scope: Scope, exchange: "_Exchange") -> None:
@@ -131,12 +145,15 @@ class _Exchange:
             message = {**message, "headers": [*message.get("headers", []), *added]}
         await self._send(message)
 
+    @property
+    def duration_s(self) -> float:
+        return time.perf_counter() - self._started_at
+
     def log(self) -> None:
-        """Paths only: a query may hold what is nobody's business."""
-        took_ms = round((time.perf_counter() - self._started_at) * 1000, 1)
+        """Paths only: a query may hold what is nobody's business. The ids of request and trace are bound already."""
         scope = self._scope
         write = log.debug if scope["path"] in _UNCOUNTED else log.info
         write(
-            "request", method=scope["method"], path=scope["path"], status=self.status, took_ms=took_ms,
-            request_id=self.request_id, key_id=scope["state"].get("key_id"),
+            "request", method=scope["method"], route=route_of(scope), path=scope["path"][:_LOGGED_PATH],
+            status=self.status, duration_s=round(self.duration_s, 4), key_id=scope["state"].get("key_id"),
         )  # fmt: skip

@@ -23,8 +23,8 @@ async def get_health() -> Health:
     responses=problems("unavailable"),
 )  # fmt: skip
 async def get_readiness(request: Request, context: InContext) -> Ready | Response:
-    """200 while the store and Redis answer and a live worker exists; a long queue is not unreadiness."""
-    # A canary run through the whole pipeline is to be a check of its own here; it does not exist yet.
+    """200 while the store and Redis answer, a live worker exists, and a canary run passed through the whole pipeline
+    lately; a long queue is not unreadiness."""
     answers = {name: "ok" if passes else "failing" for name, passes in (await context.readiness.ask()).items()}
     if "failing" in answers.values():
         failing = ", ".join(name for name, answer in answers.items() if answer == "failing")

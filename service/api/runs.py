@@ -16,7 +16,7 @@ from service.api.receiving import UPLOAD_BODY, receiving
 from service.api.schemas import RunPage
 from service.core.run import Outcome, Phase, Run
 from service.usecases import cancel, fetch
-from service.usecases.submit import Attempt, begin, release, submit
+from service.usecases.submit import Attempt, Submitted, begin, release, submit
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
 MAX_WAIT_S = 60
@@ -56,21 +56,28 @@ async def submit_run(
     ] = None,
 ) -> RunAnswer:
     """Answers as soon as the run is queued. With an Idempotency-Key, sending it again is safe."""
-    attempt = await _begin(context, tenant=caller.tenant, key=idempotency_key)
-    try:
-        async with receiving(request, context, tenant=caller.tenant) as upload:
-            submitted = await context.judge(
-                submit, context.submitting, tenant=caller.tenant, upload=upload, attempt=attempt
-            )
-    except BaseException:
-        if attempt is not None:
-            with anyio.CancelScope(shield=True):
-                await context.store(release, context.deps.runs, tenant=caller.tenant, attempt=attempt)
-        raise
+    with context.deps.metrics.submission() as accepted:
+        submitted = await _submitted(request, context, tenant=caller.tenant, key=idempotency_key)
+        accepted(replayed=submitted.replayed)
     headers = {"Location": f"/v1/runs/{submitted.run.id}"}
     if submitted.replayed:
         headers["Idempotent-Replayed"] = "true"
     return run_answer(submitted.run, status=202, headers=headers)
+
+
+async def _submitted(request: Request, context: Context, *, tenant: str, key: str | None) -> Submitted:
+    attempt = await _begin(context, tenant=tenant, key=key)
+    try:
+        async with receiving(request, context, tenant=tenant) as upload:
+            return await context.judge(
+                submit, context.submitting, tenant=tenant, upload=upload, attempt=attempt,
+                traceparent=request.state.traceparent,
+            )  # fmt: skip
+    except BaseException:
+        if attempt is not None:
+            with anyio.CancelScope(shield=True):
+                await context.store(release, context.deps.runs, tenant=tenant, attempt=attempt)
+        raise
 
 
 async def _begin(context: Context, *, tenant: str, key: str | None) -> Attempt | None:

@@ -22,6 +22,10 @@ class UploadSlots:
         self._held: Counter[str] = Counter()
         self._freed = anyio.Condition()
 
+    @property
+    def held(self) -> int:
+        return self._held.total()
+
     @asynccontextmanager
     async def take(self, tenant: str) -> AsyncIterator[None]:
         """Raises Unavailable when none is free for this tenant in time."""

@@ -8,14 +8,16 @@ from typing import Annotated
 
 import typer
 
+from service.cli.admin import admin
 from service.cli.printing import make_console, print_line, quoted
 from service.cli.run import run
 from service.cli.runs import runs
 from service.cli.tenants import services, tenants
 from service.cli.up import up
+from service.cli.webhooks import webhooks
 
 GROUP = "blastdoor.commands"
-OWN = ("up", "run", "runs", "tenants", "services")
+OWN = ("up", "run", "runs", "webhooks", "tenants", "services", "admin")
 
 
 def make_app() -> typer.Typer:
@@ -30,8 +32,10 @@ def make_app() -> typer.Typer:
     app.command()(up)
     app.command()(run)
     app.add_typer(runs, name="runs")
+    app.add_typer(webhooks, name="webhooks")
     app.add_typer(tenants, name="tenants")
     app.add_typer(services, name="services")
+    app.add_typer(admin, name="admin")
     return app
 
 

@@ -5,6 +5,7 @@ clipboard; bidirectional controls show a line in another order than it has (CVE-
 but printable characters, newlines and tabs gets there, and what was replaced is shown. Rich's own markup is never read.
 """
 
+import codecs
 import json
 import sys
 import unicodedata
@@ -18,6 +19,7 @@ from rich.text import Text
 
 # Controls, formats (bidi, zero width, tags), surrogates, private use, unassigned, line and paragraph separators.
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+_NARROWEST = 8
 _OUTCOME_STYLE = {"passed": "green", "skipped": "dim", "errored": "bold magenta", "running": "cyan", "queued": "dim"}
 
 
@@ -64,13 +66,29 @@ def print_line(console: Console, *parts: str | Text | tuple[str, str]) -> None:
 
 
 def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], *, wide: str = "") -> None:
-    """A table within the console's width. `wide` names the column that folds when there is not enough room."""
+    """A table within the console's width. `wide` names the column that folds when there is not enough room; where even
+    that does not help, each row is a block of lines instead, so that nothing is lost."""
+    cells = [[cell if isinstance(cell, Text) else quoted(cell) for cell in row] for row in rows]
+    if _least_width(columns, cells, wide) > console.width:
+        for line in cells:
+            print_fields(console, zip(columns, line, strict=True))
+            console.print()
+        return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="bold")
     for column in columns:
         table.add_column(column, no_wrap=column != wide, overflow="fold")
-    for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else quoted(cell) for cell in row))
+    for line in cells:
+        table.add_row(*line)
     _print_trimmed(console, table)
+
+
+def _least_width(columns: Sequence[str], rows: Sequence[Sequence[Text]], wide: str) -> int:
+    """Of the table that has these: columns are two cells and a line apart."""
+    widths = [
+        _NARROWEST if column == wide else max([len(column), *(row[n].cell_len for row in rows)])
+        for n, column in enumerate(columns)
+    ]
+    return sum(widths) + 3 * (len(widths) - 1)
 
 
 def print_fields(console: Console, fields: Iterable[tuple[str, object]]) -> None:
@@ -93,6 +111,20 @@ def _print_trimmed(console: Console, table: Table) -> None:
         console.print(table)
     console.file.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
     console.file.flush()
+
+
+def write_bytes(pieces: Iterable[bytes]) -> None:
+    """To stdout: as they are into a pipe or file; control characters spelled out on a terminal, which would obey."""
+    if not sys.stdout.isatty():
+        for piece in pieces:
+            sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for piece in pieces:
+        sys.stdout.write(visible(decoder.decode(piece)))
+    sys.stdout.write(visible(decoder.decode(b"", final=True)))
+    sys.stdout.flush()
 
 
 def outcome_text(word: object) -> Text:

@@ -24,8 +24,9 @@ TAIL_LINES = 12
 TAIL_CHARACTERS = 4000
 
 
-def print_run(console: Console, run: Mapping[str, Any]) -> None:
-    """Outcome first, then the steps, then what failed with the end of its output, then the wall."""
+def print_run(console: Console, run: Mapping[str, Any], *, tails: bool = True) -> None:
+    """Outcome first, then the steps, then what failed with the end of its output, then the wall. `tails`: whether to
+    show that end; not to who has just read it."""
     scenario = run["scenario"] or {}
     print_line(console, outcome_text(run["outcome"] or run["phase"]), "  ", quoted(scenario.get("name", ""), "bold"))
     print_fields(console, _how_it_went(run))
@@ -34,7 +35,7 @@ def print_run(console: Console, run: Mapping[str, Any]) -> None:
         print_table(console, ("#", "step", "outcome", "exit", "time"), map(_step_row, steps), wide="step")
         for step in steps:
             if step["outcome"] not in ("passed", "skipped"):
-                _print_failed_step(console, step)
+                _print_failed_step(console, step, tails=tails)
     console.print()
     print_fields(console, _wall(run))
 
@@ -59,14 +60,14 @@ def _step_row(step: Mapping[str, Any]) -> tuple[object, ...]:
     return step["n"], step["name"], outcome_text(step["outcome"]), ended, seconds_text(step["duration_s"])
 
 
-def _print_failed_step(console: Console, step: Mapping[str, Any]) -> None:
+def _print_failed_step(console: Console, step: Mapping[str, Any], *, tails: bool) -> None:
     print_line(console, (f"\nstep {step['n']}: ", "bold"), quoted(step["name"], "bold"))
     for failure in step["failures"]:
         expected, actual = failure["expected"], failure["actual"]
         print_line(console, "  ", quoted(failure["expectation"], "red"))
         print_line(console, "    expected ", quoted(_shown(expected)))
         print_line(console, "    got      ", quoted(_shown(actual)))
-    for name in ("stdout", "stderr"):
+    for name in ("stdout", "stderr") if tails else ():
         _print_tail(console, name, step[name])
 
 

@@ -1,39 +1,23 @@
-"""`blastdoor run DIR`: upload a directory, wait while its scenario is played, say how it went."""
+"""`blastdoor run DIR`: upload a directory, watch its scenario being played, say how it went."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import typer
 
-from service.cli.client import Client, Document, Problem, Unreachable
-from service.cli.connection import (
-    EXIT_INFRASTRUCTURE,
-    EXIT_NOT_PASSED,
-    EXIT_PASSED,
-    ActingFor,
-    AsJson,
-    Key,
-    State,
-    Url,
-    connected,
-)
-from service.cli.printing import make_console, print_json, print_line, quoted, visible
+from service.cli.connection import EXIT_INFRASTRUCTURE, EXIT_NOT_PASSED, EXIT_PASSED, Reach, reaching, warn
+from service.cli.live import Live
+from service.cli.printing import make_console, print_json, print_line, quoted
 from service.cli.report import print_run
-
-_PHASES = {
-    "queued": "waiting for a worker",
-    "provisioning": "building the wall",
-    "running": "playing the scenario",
-    "collecting": "collecting what it left",
-    "finished": "finished",
-}
+from service.client import Client, Document, Problem, ResultEvent, Unreachable
 
 
+@reaching()
 def run(
-    context: typer.Context,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The code to run, with its scenario.yaml.")],
+    reach: Reach,
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The code to run, with its scenario.yaml; or an archive of it.")
+    ],
     scenario: Annotated[
         Path | None, typer.Option("--scenario", metavar="FILE", help="Instead of DIR/scenario.yaml.")
     ] = None,
@@ -43,31 +27,42 @@ def run(
     metadata: Annotated[
         list[str] | None, typer.Option("--metadata", metavar="NAME=TEXT", help="Kept with the run; may be repeated.")
     ] = None,
-    url: Url = None,
-    key: Key = None,
-    state: State = None,
-    tenant: ActingFor = None,
-    as_json: AsJson = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Print the run's id and do not wait.")] = False,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", metavar="FILE", help="Write the result there as JUnit XML.")
+    ] = None,
+    artifacts: Annotated[
+        Path | None, typer.Option("--artifacts", metavar="DIR", help="Save what it left in this new directory.")
+    ] = None,
 ) -> None:
-    """Run a directory's scenario behind a wall of its own.
+    """Run a directory's scenario behind a wall of its own, and watch it.
 
     Exit code 0: passed. 1: failed, timed out, hit a limit, was cancelled.
-    2: refused. 3: infrastructure failed. Ctrl-C cancels the run.
+    2: refused. 3: infrastructure failed. Ctrl-C cancels the run; a second
+    one leaves without waiting for that.
 
     [bold]Examples[/bold]
 
       blastdoor run examples/scenarios/rule-engine
 
+      blastdoor run . --junit report.xml --artifacts out
+
       blastdoor run . --scenario tests/smoke.yaml --json | jq .outcome
     """
     pairs = dict(_pair(text) for text in metadata or [])
-    with connected(context, "tenant", url=url, key=key, state=state, tenant=tenant, as_json=as_json) as client:
+    _insist_on_room(detach=detach, junit=junit, artifacts=artifacts)
+    with reach.client("tenant") as client:
         submitted = client.submit(directory, scenario=scenario, controls=controls, metadata=pairs)
-        finished = _follow(client, submitted, quiet=as_json)
-        if as_json:
+        if detach:
+            _print_submitted(submitted, as_json=reach.as_json)
+            raise typer.Exit(EXIT_PASSED)
+        finished = _follow(client, submitted, quiet=reach.as_json)
+        if junit is not None:
+            junit.write_text(client.junit(finished["id"]), encoding="utf-8")
+        if artifacts is not None:
+            client.save_artifacts(finished, artifacts)
+        if reach.as_json:
             print_json(finished)
-        else:
-            print_run(make_console(), finished)
     raise typer.Exit(exit_code(finished))
 
 
@@ -77,6 +72,55 @@ def exit_code(run: Document) -> int:
     return outcomes.get(str(run["outcome"]), EXIT_NOT_PASSED)
 
 
+def follow(client: Client, run_id: str, live: Live) -> Document:
+    """Show what happens until the run is finished. -> the run."""
+    for event in client.stream(run_id, on_lost=live.lost):
+        if isinstance(event, ResultEvent):
+            return event.run
+        live.show(event)
+    raise AssertionError("a stream ends with the result or raises")
+
+
+def _follow(client: Client, submitted: Document, *, quiet: bool) -> Document:
+    """An interrupt cancels the run; a second one stops waiting for that."""
+    run_id = submitted["id"]
+    try:
+        if quiet:
+            return client.wait(run_id)
+        out = make_console()
+        with Live(run_id, out=out, errors=make_console(stderr=True)) as live:
+            live.phase(submitted["phase"], submitted["queue_position"])
+            finished = follow(client, run_id, live)
+        out.print()
+        print_run(out, finished, tails=live.omitted)
+    except KeyboardInterrupt:
+        return _cancel(client, run_id, quiet=quiet)
+    except (Problem, Unreachable):
+        warn(f"{run_id} was accepted and goes on; see it with: blastdoor runs show {run_id}")
+        raise
+    return finished
+
+
+def _cancel(client: Client, run_id: str, *, quiet: bool) -> Document:
+    warn(f"cancelling {run_id}")
+    try:
+        client.cancel(run_id)
+        finished = client.wait(run_id)
+    except KeyboardInterrupt:
+        warn(f"not waited for; how it ended says: blastdoor runs show {run_id}")
+        raise typer.Exit(EXIT_NOT_PASSED) from None
+    if not quiet:
+        print_run(make_console(), finished)
+    return finished
+
+
+def _print_submitted(submitted: Document, *, as_json: bool) -> None:
+    if as_json:
+        print_json(submitted)
+    else:
+        print_line(make_console(), quoted(submitted["id"]))
+
+
 def _pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
@@ -84,53 +128,13 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _follow(client: Client, submitted: Document, *, quiet: bool) -> Document:
-    """Show each phase until the run is finished. An interrupt cancels it; a second one stops waiting for that."""
-    run_id, latest = submitted["id"], submitted
-    with _progress(quiet=quiet) as show:
-        try:
-            show(latest)
-            for latest in client.watch(run_id):
-                show(latest)
-        except KeyboardInterrupt:
-            _say(f"cancelling {run_id}")
-            client.cancel(run_id)
-            return client.wait(run_id)
-        except (Problem, Unreachable):
-            _say(f"{run_id} was accepted and goes on; see it with: blastdoor runs show {run_id}")
-            raise
-    return latest
-
-
-class _Show(Protocol):
-    def __call__(self, run: Document, /) -> None: ...
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[_Show]:
-    """On a terminal a spinner that says the phase; elsewhere a line for each new phase. On stderr, both of them."""
-    console = make_console(stderr=True)
-    if quiet:
-        yield lambda run: None
-    elif console.is_terminal:
-        with console.status("uploaded") as status:
-            yield lambda run: status.update(quoted(_words(run)))
-    else:
-        said: list[str] = []
-
-        def say_new(run: Document) -> None:
-            if said[-1:] != [_words(run)]:
-                said.append(_words(run))
-                print_line(console, visible(said[-1]))
-
-        yield say_new
-
-
-def _words(run: Document) -> str:
-    position = run["queue_position"] if run["phase"] == "queued" else None
-    place = f", {position} in the queue" if position is not None else ""
-    return f"{run['id']}: {_PHASES.get(run['phase'], run['phase'])}{place}"
-
-
-def _say(message: str) -> None:
-    print_line(make_console(stderr=True), ("blastdoor: ", "bold yellow"), quoted(message))
+def _insist_on_room(*, detach: bool, junit: Path | None, artifacts: Path | None) -> None:
+    """What could not be written in the end is better said before anything is run."""
+    if detach and (junit or artifacts):
+        raise typer.BadParameter(
+            "there is nothing to save yet; leave out --junit and --artifacts", param_hint="--detach"
+        )
+    if junit is not None and not junit.parent.is_dir():
+        raise typer.BadParameter(f"{junit.parent} is not a directory", param_hint="--junit")
+    if artifacts is not None and (artifacts.exists() or artifacts.is_symlink() or not artifacts.parent.is_dir()):
+        raise typer.BadParameter(f"{artifacts} should be a new directory in one that exists", param_hint="--artifacts")

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from service.cli.client import Document
-from service.cli.connection import AsJson, Key, State, Url, connected, is_asked_itself
+from service.cli.connection import Reach, is_asked_itself, reaching
 from service.cli.printing import bytes_text, make_console, print_fields, print_json, print_line, print_table, quoted
+from service.client import Document
 from service.core.quantities import parse_size
 
 tenants = typer.Typer(rich_markup_mode="rich")
-keys = typer.Typer(help="A tenant's keys.", rich_markup_mode="rich", no_args_is_help=True)
+keys = typer.Typer(rich_markup_mode="rich", no_args_is_help=True)
 services = typer.Typer(rich_markup_mode="rich", no_args_is_help=True)
 tenants.add_typer(keys, name="keys")
 
@@ -28,9 +28,8 @@ Ceiling = Annotated[
 
 
 @tenants.callback(invoke_without_command=True)
-def list_tenants(
-    context: typer.Context, url: Url = None, key: Key = None, state: State = None, as_json: AsJson = False
-) -> None:
+@reaching(for_a_tenant=False)
+def list_tenants(reach: Reach) -> None:
     """Tenants: whose code is run, and how far it is trusted. Without a command: list them.
 
     [bold]Examples[/bold]
@@ -41,22 +40,26 @@ def list_tenants(
 
       blastdoor tenants keys add acme
     """
-    if is_asked_itself(context):
-        _list(context, url=url, key=key, state=state, as_json=as_json)
+    if is_asked_itself(reach.context):
+        _list(reach)
 
 
 @tenants.command("list")
-def list_(
-    context: typer.Context, url: Url = None, key: Key = None, state: State = None, as_json: AsJson = False
-) -> None:
-    """All tenants."""
-    _list(context, url=url, key=key, state=state, as_json=as_json)
+@reaching(for_a_tenant=False)
+def list_(reach: Reach) -> None:
+    """All tenants.
+
+    [bold]Example[/bold]
+
+      blastdoor tenants list --json
+    """
+    _list(reach)
 
 
-def _list(context: typer.Context, *, url: Url, key: Key, state: State, as_json: bool) -> None:
-    with connected(context, "admin", url=url, key=key, state=state, as_json=as_json) as client:
-        found = client.list_tenants()
-    if as_json:
+def _list(reach: Reach) -> None:
+    with reach.client("admin") as client:
+        found = client.tenants.list()
+    if reach.as_json:
         print_json(found)
         return
     print_table(
@@ -68,8 +71,9 @@ def _list(context: typer.Context, *, url: Url, key: Key, state: State, as_json: 
 
 
 @tenants.command()
+@reaching(for_a_tenant=False)
 def add(
-    context: typer.Context,
+    reach: Reach,
     name: Name,
     trusted: Annotated[bool, typer.Option("--trusted", help="Its code is trusted; the default is not to.")] = False,
     affinity: Affinity = None,
@@ -77,17 +81,20 @@ def add(
     queued: Queued = None,
     storage: Storage = None,
     ceiling: Ceiling = None,
-    url: Url = None,
-    key: Key = None,
-    state: State = None,
-    as_json: AsJson = False,
 ) -> None:
-    """Add a tenant and print its first key, which is shown only now."""
+    """Add a tenant and print its first key, which is shown only now.
+
+    [bold]Examples[/bold]
+
+      blastdoor tenants add acme --concurrent 4 --ceiling memory=512MiB
+
+      blastdoor tenants add own-builds --trusted
+    """
     asked = {"name": name, "trust": "trusted" if trusted else "untrusted"}
     asked |= _changes(affinity=affinity, concurrent=concurrent, queued=queued, storage=storage, ceiling=ceiling)
-    with connected(context, "admin", url=url, key=key, state=state, as_json=as_json) as client:
-        made = client.create_tenant(asked)
-    if as_json:
+    with reach.client("admin") as client:
+        made = client.tenants.create(asked)
+    if reach.as_json:
         print_json(made)
         return
     _print_tenant(made["tenant"])
@@ -95,21 +102,26 @@ def add(
 
 
 @tenants.command()
-def show(
-    context: typer.Context, name: Name, url: Url = None, key: Key = None, state: State = None, as_json: AsJson = False
-) -> None:
-    """One tenant: trust, quota, ceilings."""
-    with connected(context, "admin", url=url, key=key, state=state, as_json=as_json) as client:
-        found = client.get_tenant(name)
-    if as_json:
+@reaching(for_a_tenant=False)
+def show(reach: Reach, name: Name) -> None:
+    """One tenant: trust, quota, ceilings.
+
+    [bold]Example[/bold]
+
+      blastdoor tenants show acme
+    """
+    with reach.client("admin") as client:
+        found = client.tenants.get(name)
+    if reach.as_json:
         print_json(found)
     else:
         _print_tenant(found)
 
 
 @tenants.command()
+@reaching(for_a_tenant=False)
 def update(
-    context: typer.Context,
+    reach: Reach,
     name: Name,
     trust: Annotated[str | None, typer.Option("--trust", help="trusted or untrusted")] = None,
     affinity: Affinity = None,
@@ -117,54 +129,71 @@ def update(
     queued: Queued = None,
     storage: Storage = None,
     ceiling: Ceiling = None,
-    url: Url = None,
-    key: Key = None,
-    state: State = None,
-    as_json: AsJson = False,
 ) -> None:
-    """Change a tenant; what is not named stays as it is."""
+    """Change a tenant; what is not named stays as it is.
+
+    [bold]Example[/bold]
+
+      blastdoor tenants update acme --queued 500 --storage 10GiB
+    """
     changes = _changes(affinity=affinity, concurrent=concurrent, queued=queued, storage=storage, ceiling=ceiling)
     if trust is not None:
         changes["trust"] = trust
     if not changes:
         raise typer.BadParameter("name something to change, such as --concurrent 4")
-    with connected(context, "admin", url=url, key=key, state=state, as_json=as_json) as client:
-        changed = client.update_tenant(name, changes)
-    if as_json:
+    with reach.client("admin") as client:
+        changed = client.tenants.update(name, changes)
+    if reach.as_json:
         print_json(changed)
     else:
         _print_tenant(changed)
 
 
 @tenants.command()
+@reaching(for_a_tenant=False)
 def delete(
-    context: typer.Context,
+    reach: Reach,
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    url: Url = None,
-    key: Key = None,
-    state: State = None,
-    as_json: AsJson = False,
 ) -> None:
-    """Delete a tenant: its runs are cancelled, its keys revoked. Its name stays taken."""
+    """Delete a tenant: its runs are cancelled, its keys revoked. Its name stays taken.
+
+    [bold]Example[/bold]
+
+      blastdoor tenants delete acme --yes
+    """
     if not yes:
         typer.confirm(f"Delete tenant {name}, cancel its runs and revoke its keys?", abort=True, err=True)
-    with connected(context, "admin", url=url, key=key, state=state, as_json=as_json) as client:
-        client.delete_tenant(name)
-    if as_json:
+    with reach.client("admin") as client:
+        client.tenants.delete(name)
+    if reach.as_json:
         print_json({"deleted": name})
     else:
         print_line(make_console(), "deleted ", quoted(name))
 
 
+@keys.callback()
+def _keys() -> None:
+    """A tenant's keys.
+
+    [bold]Example[/bold]
+
+      blastdoor tenants keys add acme
+    """
+
+
 @keys.command("add")
-def add_key(
-    context: typer.Context, name: Name, url: Url = None, key: Key = None, state: State = None, as_json: AsJson = False
-) -> None:
-    """One more key for a tenant, shown only now."""
-    with connected(context, "admin", url=url, key=key, state=state, as_json=as_json) as client:
-        made = client.create_key(name)
-    if as_json:
+@reaching(for_a_tenant=False)
+def add_key(reach: Reach, name: Name) -> None:
+    """One more key for a tenant, shown only now.
+
+    [bold]Example[/bold]
+
+      blastdoor tenants keys add acme
+    """
+    with reach.client("admin") as client:
+        made = client.tenants.create_key(name)
+    if reach.as_json:
         print_json(made)
         return
     print_fields(make_console(), [("id", made["id"])])
@@ -172,19 +201,21 @@ def add_key(
 
 
 @keys.command("revoke")
+@reaching(for_a_tenant=False)
 def revoke_key(
-    context: typer.Context,
+    reach: Reach,
     name: Name,
     key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id, key_...")],
-    url: Url = None,
-    key: Key = None,
-    state: State = None,
-    as_json: AsJson = False,
 ) -> None:
-    """Revoke a key; it stops working at once."""
-    with connected(context, "admin", url=url, key=key, state=state, as_json=as_json) as client:
-        client.revoke_key(name, key_id)
-    if as_json:
+    """Revoke a key; it stops working at once.
+
+    [bold]Example[/bold]
+
+      blastdoor tenants keys revoke acme key_0192f0c1d2e37a4b8c9d0e1f2a3b4c5d
+    """
+    with reach.client("admin") as client:
+        client.tenants.revoke_key(name, key_id)
+    if reach.as_json:
         print_json({"revoked": key_id})
     else:
         print_line(make_console(), "revoked ", quoted(key_id))
@@ -201,13 +232,17 @@ def _services() -> None:
 
 
 @services.command("add")
-def add_service(
-    context: typer.Context, name: Name, url: Url = None, key: Key = None, state: State = None, as_json: AsJson = False
-) -> None:
-    """Add a service and print its key, which is shown only now. The key creates tenants and acts for those."""
-    with connected(context, "admin", url=url, key=key, state=state, as_json=as_json) as client:
-        made = client.create_service(name)
-    if as_json:
+@reaching(for_a_tenant=False)
+def add_service(reach: Reach, name: Name) -> None:
+    """Add a service and print its key, which is shown only now. The key creates tenants and acts for those.
+
+    [bold]Example[/bold]
+
+      blastdoor services add shop --json
+    """
+    with reach.client("admin") as client:
+        made = client.admin.create_service(name)
+    if reach.as_json:
         print_json(made)
         return
     print_fields(make_console(), [("id", made["id"]), ("service", name)])

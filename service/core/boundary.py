@@ -4,12 +4,12 @@ A boundary kind is one folder that implements `Boundary`; everything here is fro
 read back. The values that come out of a sandbox are observations from the host's side, never the guest's word.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -84,6 +84,13 @@ class BoundaryRef(_Frozen):
     run_id: str
     fence: int
     expires_at: datetime
+    created_at: datetime | None = None
+    """When its run was claimed; None where the label does not say it."""
+
+    @property
+    def boundary(self) -> str:
+        """Kind and variant, e.g. `namespace/gvisor`."""
+        return f"{self.kind}/{self.variant}" if self.variant else str(self.kind)
 
     @property
     def name(self) -> str:
@@ -254,6 +261,11 @@ class Cancellation(Protocol):
     def is_set(self) -> bool: ...
 
 
+Listener = Callable[[Literal["stdout", "stderr"], bytes], None]
+"""Is told what a step prints as it comes, in order and unchanged, from the loop that drains the guest: it returns at
+once, and raises nothing."""
+
+
 class Sandbox(Protocol):
     """The inside of an open boundary; valid only within its `with` block."""
 
@@ -262,8 +274,9 @@ class Sandbox(Protocol):
         instruction."""
         ...
 
-    def execute(self, step: StepSpec) -> Execution:
-        """Play one step to its end. A non-zero exit is a result, never an exception. Raises after `collect`."""
+    def execute(self, step: StepSpec, *, listener: Listener | None = None) -> Execution:
+        """Play one step to its end. A non-zero exit is a result, never an exception. Raises after `collect`. What the
+        `Execution` says was printed, the listener has been told by then, and what was cut from it, too."""
         ...
 
     def evidence(self) -> Evidence: ...

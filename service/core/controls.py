@@ -42,7 +42,7 @@ class Limits(_Document):
     files: Annotated[int, Field(ge=16, le=1_000_000, strict=True)] = 4096
     open_files: Annotated[int, Field(ge=16, le=65536, strict=True)] = 1024
     output: Annotated[Size, Field(ge=1024)] = 1 * MIB
-    wall: Duration = timedelta(seconds=60)
+    wall: Annotated[Duration, Field(json_schema_extra={"default": "60s"})] = timedelta(seconds=60)
     artifacts: Size = 32 * MIB
 
 

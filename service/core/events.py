@@ -25,6 +25,10 @@ class EventType(StrEnum):
     QUARANTINED = "dev.blastdoor.boundary.quarantined"
 
 
+OF_PHASES = frozenset(type_ for type_ in EventType if type_.startswith("dev.blastdoor.run."))
+"""Each brings its run to a phase; the others are of its boundary."""
+
+
 def cloud_event(
     *, event_id: str, installation: str, type_: EventType, run_id: str, tenant: str, sequence: int, at: datetime,
     data: Mapping[str, Any], traceparent: str | None = None,

@@ -28,6 +28,11 @@ class LeaseView(BaseModel):
     """The highest fence whose boundary was observed to be gone."""
     cancel_requested_by: str | None = None
 
+    @property
+    def is_active(self) -> bool:
+        """Somebody should be acting on it."""
+        return self.phase not in (Phase.QUEUED, Phase.FINISHED)
+
 
 class Recovery(StrEnum):
     REQUEUE = "requeue"

@@ -13,7 +13,9 @@ from typing import Any, BinaryIO, Protocol
 from pydantic import BaseModel, ConfigDict
 
 from service.core.boundary import Bundle, Capabilities
+from service.core.canary import CanaryView
 from service.core.lease import LeaseView
+from service.core.news import Mark, Newest, News, NewsPage
 from service.core.run import Outcome, Phase, Result, Run, Verdict
 from service.core.scenario import Scenario
 from service.core.tenancy import KeyKind, Principal, Tenant
@@ -63,11 +65,12 @@ class RunStore(Protocol):
 
     def submit(
         self, run: Run, scenario: Scenario, bundle: Bundle | None, *, max_queued: int,
-        idempotency: tuple[str, str, str] | None = None, max_stored: int | None = None,
+        idempotency: tuple[str, str, str] | None = None, max_stored: int | None = None, traceparent: str | None = None,
     ) -> Run:  # fmt: skip
         """Insert the run and its queued event in ONE transaction, with (key, token, content digest) completed by the
-        run's JSON as the answer. Raises QuotaExceeded when the tenant has `max_queued` runs waiting, or when its blobs
-        would come to more than `max_stored` bytes with a bundle that it does not have yet, atomically.
+        run's JSON as the answer. Every event of the run carries `traceparent`, its JSON does not. Raises QuotaExceeded
+        when the tenant has `max_queued` runs waiting, or when its blobs would come to more than `max_stored` bytes with
+        a bundle that it does not have yet, atomically.
         -> the run with created_at and queue_position as stored."""
         ...
 
@@ -93,8 +96,16 @@ class RunStore(Protocol):
         """As `get_run`, with what else is kept."""
         ...
 
-    def finished_among(self, run_ids: Iterable[str]) -> frozenset[str]:
-        """Those of the ids that are finished or no longer exist; one query, for the notifier."""
+
+class NewsStore(RunStore, Protocol):
+    """Runs, and what is told of them while they go on (service/core/news.py)."""
+
+    def read_news(self, run_id: str, tenant: str | None, *, after: Mark, limit: int) -> NewsPage:
+        """What was told after that mark. Raises NotFound."""
+        ...
+
+    def newest(self, run_ids: Iterable[str]) -> Mapping[str, Newest]:
+        """Of those of the runs that exist; one query, for the notifier."""
         ...
 
 
@@ -109,6 +120,13 @@ class Claim(_Frozen):
     scenario: Scenario
     bundle: Bundle | None
     lease_until: datetime
+    waited: timedelta
+    """In the queue, this time."""
+    traceparent: str | None
+
+    @property
+    def trace_id(self) -> str | None:
+        return self.traceparent.split("-")[1] if self.traceparent else None
 
 
 class Heartbeat(_Frozen):
@@ -136,15 +154,21 @@ class RunLine(Protocol):
         """As `heartbeat`, without renewing the lease: one read."""
         ...
 
-    def mark_running(self, run_id: str, fence: int) -> None: ...
+    def append_news(self, run_id: str, fence: int, news: Sequence[News]) -> None:
+        """Tell this of the phase that the run is in, all or nothing; a `k` that is there already is left as it is."""
+        ...
 
-    def mark_collecting(self, run_id: str, fence: int) -> None: ...
+    # `news`: what is still to be told of the phase that ends, in the same transaction
 
-    def finish(self, run_id: str, fence: int, result: Result) -> None:
+    def mark_running(self, run_id: str, fence: int, *, news: Sequence[News] = ()) -> None: ...
+
+    def mark_collecting(self, run_id: str, fence: int, *, news: Sequence[News] = ()) -> None: ...
+
+    def finish(self, run_id: str, fence: int, result: Result, *, news: Sequence[News] = ()) -> None:
         """From provisioning, running or collecting. One terminal event, for ever."""
         ...
 
-    def requeue(self, run_id: str, fence: int, *, why: str, counts: bool = True) -> Phase:
+    def requeue(self, run_id: str, fence: int, *, why: str, counts: bool = True, news: Sequence[News] = ()) -> Phase:
         """Provisioning failed: back to queued, or after the third failed attempt to finished (errored /
         provision_failed), or when its end was asked for (cancelled). `counts=False`: the wall is gone from this host;
         the attempt is not held against the run.
@@ -217,8 +241,8 @@ class Retention(Protocol):
         ...
 
     def give_up_blobs(self, run_id: str) -> tuple[str, ...]:
-        """Note that the finished run's blobs are purged. -> those that no other run of its tenant uses. A run that is
-        not there, or not finished, has none."""
+        """Note that the finished run's blobs are purged, and with them what was told of it. -> those that no other
+        run of its tenant uses. A run that is not there, or not finished, has none."""
         ...
 
     def purge_idempotency(self, *, dry_run: bool) -> int:
@@ -271,6 +295,10 @@ class WorkerRecord(_Frozen):
     host: str
     site: str
     capabilities: tuple[Capabilities, ...]
+    slots: int = 1
+    """Runs that it plays at once."""
+    draining: bool = False
+    """An operator's word, not the worker's: it claims nothing more."""
     measured_at: datetime | None = None
 
 
@@ -279,6 +307,18 @@ class WorkerStore(Protocol):
     def forget_worker(self, worker_id: str) -> None: ...
     def get_worker(self, worker_id: str) -> WorkerRecord | None: ...
     def live_workers(self, *, fresh: timedelta) -> Sequence[WorkerRecord]: ...
+
+
+class Canaries(Protocol):
+    """The runs of the platform's own tenant, `core.canary`."""
+
+    def canary_view(self, *, fresh: timedelta) -> CanaryView:
+        """`fresh`: a worker that was silent for longer does not count."""
+        ...
+
+    def old_canaries(self, *, keep: int) -> Sequence[str]:
+        """Those that ended and whose boundary is known to be gone, but for the `keep` newest."""
+        ...
 
 
 # --- the outbox and what carries it out ------------------------------------------------------------------------------
@@ -328,6 +368,23 @@ class Outbox(Protocol):
         ...
 
 
+class Standing(_Frozen):
+    """How things stand, in numbers and the database's clock. `waited`: of the run that is in the queue for longest;
+    `lag`: how long the oldest event waits to be on the bus."""
+
+    runs: Mapping[Phase, int]
+    waited: timedelta
+    unpublished: int
+    lag: timedelta
+
+
+class Standings(Protocol):
+    def standing(self) -> Standing:
+        """Of every tenant together, internal ones too (their events are never published, and never lag). Unfinished
+        phases only, each of them. Cheap: it reads what is not yet done, never what is."""
+        ...
+
+
 class Bus(Protocol):
     """The stream that the main application reads. Internal tenants' events are stamped and skipped."""
 
@@ -350,7 +407,8 @@ class Hints(Protocol):
     """Wakes whoever waits, sooner than polling would. Lossy: nothing may depend on it."""
 
     def hint(self, topic: str, run_id: str) -> None:
-        """`topic`: run (it has ended, or gone back to the queue) or outbox (there is something to relay)."""
+        """`topic`: run (it has ended, or gone back to the queue), outbox (there is something to relay) or news (more is
+        told of it)."""
         ...
 
     def listen(self, topics: Sequence[str], *, poll_s: float) -> Iterator[tuple[str, str] | None]:
@@ -375,6 +433,19 @@ class Blobs(Protocol):
     def put_stream(self, tenant: str, source: BinaryIO, *, max_bytes: int) -> tuple[str, int]: ...
     def path(self, tenant: str, digest: str) -> Path: ...  # NotFound
     def delete(self, tenant: str, digest: str) -> None: ...
+    def older_than(self, tenant: str, age: timedelta) -> Sequence[str]:
+        """Digests of those that were stored so long ago, by the clock that dates files."""
+        ...
+
+    def discard(self, tenant: str, digest: str, *, age: timedelta) -> bool:
+        """Delete one that was stored so long ago. One that somebody stores again at this instant stays. -> whether it
+        was deleted."""
+        ...
+
+    def clear(self, tenant: str) -> None:
+        """Delete all that the tenant has."""
+        ...
+
     def staging(self) -> AbstractContextManager[Path]:
         """A private directory on the same file system, gone with its contents when the context ends."""
         ...

@@ -4,7 +4,7 @@ import re
 from datetime import timedelta
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PlainSerializer
+from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)(ms|s|m|h)$", re.ASCII)
 _SIZE = re.compile(r"^(\d+)(B|KiB|MiB|GiB|KB|MB|GB)?$", re.ASCII)
@@ -57,5 +57,10 @@ def format_size(size: int) -> str:
     return f"{size}B"
 
 
-Duration = Annotated[timedelta, BeforeValidator(parse_duration), PlainSerializer(format_duration, return_type=str)]
+Duration = Annotated[
+    timedelta,
+    BeforeValidator(parse_duration),
+    PlainSerializer(format_duration, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": _DURATION.pattern, "examples": ["20s", "500ms", "2m"]}),
+]
 Size = Annotated[int, BeforeValidator(parse_size)]

@@ -22,6 +22,7 @@ _FORBIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _JOINERS = frozenset("\u200c\u200d")
 """Format characters that ordinary words of some scripts, and emoji, are written with."""
 _CLOCK_EVERY = 16
+_BLOCK_BYTES = 4096
 
 
 class ArchiveCaps(BaseModel):
@@ -43,11 +44,14 @@ class ArchiveCaps(BaseModel):
 @dataclass(frozen=True)
 class ArchiveSummary:
     """`files` regular files; `entries` everything that unpacking makes: files and directories, those too that are only
-    implied by a longer name, so that it bounds the inodes; `content_bytes` what was really produced by unpacking."""
+    implied by a longer name, so that it bounds the inodes; `content_bytes` what was really produced by unpacking;
+    `disk_bytes` what that takes of a file system: each file's content in whole blocks of 4 KiB (tmpfs(5): pages, and
+    none for a directory)."""
 
     files: int
     entries: int
     content_bytes: int
+    disk_bytes: int
 
 
 class Member(NamedTuple):
@@ -143,6 +147,7 @@ class Judge:
         self.files = 0
         self.entries = 0
         self.declared_bytes = 0
+        self.declared_blocks = 0
 
     def member(
         self, raw: bytes, *, directory: bool, executable: bool, size: int, offset: int, dot_prefix: bool = False
@@ -165,7 +170,10 @@ class Judge:
         return Member(name, directory, executable, size, offset)
 
     def summary(self, content_bytes: int) -> ArchiveSummary:
-        return ArchiveSummary(files=self.files, entries=self.entries, content_bytes=content_bytes)
+        return ArchiveSummary(
+            files=self.files, entries=self.entries, content_bytes=content_bytes,
+            disk_bytes=self.declared_blocks * _BLOCK_BYTES,
+        )  # fmt: skip
 
     def _decoded(self, raw: bytes) -> str:
         try:
@@ -237,6 +245,7 @@ class Judge:
     def _weigh(self, size: int, raw: bytes) -> None:
         self.files += 1
         self.declared_bytes += size
+        self.declared_blocks += -(-size // _BLOCK_BYTES)
         self._meter.expands_to(self.declared_bytes)
         if size > self._caps.file_bytes:
             raise rejected("size", f"is {size} bytes; at most {self._caps.file_bytes} in one file", member=raw)

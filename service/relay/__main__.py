@@ -1,23 +1,36 @@
 """The relay's process: `python -m service.relay`. SIGTERM and SIGINT stop it within a second, and another may lead."""
 
 import signal
+from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from types import FrameType
 
-from service import logs
+from service import logs, metrics
+from service.adapters import failpoints
 from service.adapters.blobs import FileBlobs
+from service.adapters.celery_queue import CeleryDoorbell
 from service.adapters.redis_bus import RedisBus, RedisHints
 from service.adapters.sql_store import SqlStore
 from service.core.ids import new_id
+from service.intake.archive import ArchiveCaps
+from service.intake.policy import read_policy
+from service.relay.canary import CanaryKeeper, keep_canaries
 from service.relay.housekeeping import Housekeeping, keep_house
+from service.relay.metrics import RelayMetrics, StandingCollector
 from service.relay.relay import Relay, run
 from service.settings import Settings
+from service.usecases.bundles import Bundles
+from service.usecases.canary import enrol, send
 from service.usecases.retention import Purged, purge
+from service.usecases.submit import Submitting
 
 
 def main() -> None:
     settings = Settings()
     logs.configure(settings.log_level, program="relay")
+    logs.own_the_streams()
+    failpoints.arm(settings.failpoints, environment=settings.environment)
     stopped = False
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
@@ -27,12 +40,16 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     store = SqlStore(settings.sql_url)
+    registry = metrics.new_registry("relay")
     relay = Relay(
         store,
         RedisBus(settings.stream_url),
         owner=f"{settings.site}/{new_id('rly')}",
         lease=timedelta(seconds=settings.relay_lease_s),
+        metrics=RelayMetrics(registry),
     )
+    registry.register(StandingCollector(store, store, worker_fresh=timedelta(seconds=settings.worker_fresh_s)))
+    metrics.serve_if_asked(registry, settings.metrics_address)
 
     def retention() -> Purged:
         return purge(
@@ -44,8 +61,24 @@ def main() -> None:
             blobs_older_than=timedelta(seconds=settings.keep_blobs_s),
         )
 
+    keep_canaries(_canaries(settings, store, leading=lambda: relay.leading), stopping=lambda: stopped)
     keep_house(Housekeeping(retention, leading=lambda: relay.leading), stopping=lambda: stopped)
     run(relay, RedisHints(settings.broker_url), stopping=lambda: stopped)
+
+
+def _canaries(settings: Settings, store: SqlStore, *, leading: Callable[[], bool]) -> CanaryKeeper:
+    every, fresh = timedelta(seconds=settings.canary_s), timedelta(seconds=settings.worker_fresh_s)
+    policy = read_policy(settings.policy_file)
+
+    @cache
+    def world() -> Submitting:
+        return Submitting(
+            runs=store, tenants=store, workers=store, bundles=Bundles(FileBlobs(settings.state_dir)),
+            hints=RedisHints(settings.broker_url), doorbell=CeleryDoorbell(settings.broker_url),
+            policy=policy, archive_caps=ArchiveCaps(), worker_fresh=fresh,
+        )  # fmt: skip
+
+    return CanaryKeeper(lambda: enrol(world()), lambda: send(world(), store, every=every, fresh=fresh), leading=leading)
 
 
 if __name__ == "__main__":

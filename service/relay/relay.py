@@ -18,7 +18,9 @@ from typing import Literal
 import structlog
 
 from service.core.errors import BlastdoorError, Conflict, Unavailable
+from service.core.failpoints import Failpoint, reach
 from service.core.ports import Bus, Hints, Outbox, OutboxRow
+from service.relay.metrics import RelayMetrics
 
 BATCH_ROWS = 200
 SURVEY = timedelta(seconds=1)
@@ -38,14 +40,17 @@ class Relay:
     """Does one piece of work at each `step`. `clock` is monotonic, in seconds."""
 
     def __init__(
-        self, outbox: Outbox, bus: Bus, *, owner: str, lease: timedelta, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+        self, outbox: Outbox, bus: Bus, *, owner: str, lease: timedelta, clock: Callable[[], float] = time.monotonic,
+        metrics: RelayMetrics | None = None,
+    ) -> None:  # fmt: skip
         self._outbox = outbox
         self._bus = bus
         self._owner = owner
         self._lease = lease
         self._clock = clock
         self._leading = False
+        self._metrics = metrics or RelayMetrics()
+        self._metrics.watch(leading=lambda: self._leading)
         self._renew_at = 0.0
         self._survey_at = 0.0
         self._not_before = 0.0
@@ -113,6 +118,7 @@ class Relay:
                 oldest = self._outbox.last_stamp() - self._bus.max_length()
                 rows = self._outbox.mark_unpublished_after(max(top or 0, oldest))
                 if rows:
+                    self._metrics.republishing(rows)
                     _LOG.warning("republishing", rows=rows, above=top or 0, stream_was_there=top is not None)
                 self._behind = True
             if changed:
@@ -129,6 +135,7 @@ class Relay:
         if not rows:
             self._behind = False
             return False
+        reach(Failpoint.RELAY_STAMPED)
         self._publish(rows)
         return True
 
@@ -138,7 +145,9 @@ class Relay:
         if public:
             with self._ask("bus"):
                 self._bus.publish(public)
+            self._metrics.published(public)
             self._top = max(self._top, public[-1].pub_seq)
+        reach(Failpoint.RELAY_ADDED)
         with self._ask("store"):
             self._outbox.mark_published([row.pub_seq for row in rows])
         self._behind = behind
@@ -151,6 +160,7 @@ class Relay:
     def _failed(self, error: BlastdoorError) -> None:
         self._doubt = self._behind = True
         self._failures += 1
+        self._metrics.failed(self._asking)
         self._pause(min(LONGEST_PAUSE, POLL * 2 ** min(self._failures - 1, 8)))
         if isinstance(error, Unavailable):
             self._say(f"{self._asking}_away", level="warning", error=error.detail)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import structlog
 
-from service.core.errors import BlastdoorError, NotFound
+from service.core.errors import BlastdoorError, NotFound, Refused
 from service.core.ports import Blobs
 
 _STRIPES = 64
@@ -32,15 +32,19 @@ class Bundles:
 
     @contextmanager
     def stored(self, tenant: str, *, path: Path, digest: str) -> Iterator[None]:
-        """Take the file; if the block raises, a blob that was not there before is removed again."""
+        """Take the file; if the block refuses the run, a blob that was not there before is removed again. After any
+        other error the run may be there all the same (a commit whose answer was lost), and needs it."""
         with self.alone(tenant):
             known = self._known(tenant, digest)
             self._blobs.put_file(tenant, path, digest)
             try:
                 yield
-            except BaseException:
+            except Refused:
                 if not known:
                     self.remove(tenant, digest)
+                raise
+            except BaseException:
+                log.warning("blob_may_be_left_behind", tenant=tenant, digest=digest)
                 raise
 
     @contextmanager

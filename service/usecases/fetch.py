@@ -5,8 +5,9 @@ import binascii
 import re
 from collections.abc import Sequence
 
-from service.core.errors import DocumentInvalid, NotFound
+from service.core.errors import Conflict, DocumentInvalid, NotFound
 from service.core.ids import RUN_ID_PATTERN
+from service.core.junit import render_junit
 from service.core.ports import RunStore
 from service.core.run import Outcome, Phase, Run
 
@@ -28,6 +29,14 @@ def checked_run_id(run_id: str) -> str:
 def get_run(runs: RunStore, *, run_id: str, tenant: str | None) -> Run:
     """`tenant=None` is an operator. Raises NotFound."""
     return runs.get_run(checked_run_id(run_id), tenant)
+
+
+def junit_report(runs: RunStore, *, run_id: str, tenant: str) -> str:
+    """The finished run as JUnit XML. Raises NotFound, Conflict (not_finished)."""
+    run = get_run(runs, run_id=run_id, tenant=tenant)
+    if run.phase is not Phase.FINISHED:
+        raise Conflict(f"{run.id} is {run.phase}; its report is made when it is finished", code="not_finished")
+    return render_junit(run)
 
 
 def list_runs(

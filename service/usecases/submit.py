@@ -14,13 +14,14 @@ import structlog
 from service.core.boundary import Bundle
 from service.core.controls import AppliedControls, Controls, apply
 from service.core.errors import BundleRejected, DocumentInvalid, IdempotencyMismatch, Unavailable
+from service.core.failpoints import Failpoint, reach
 from service.core.ids import new_run_id
 from service.core.placement import Policy, choose
 from service.core.ports import Doorbell, Hints, IdempotencyClaim, RunStore, TenantStore, WorkerStore
 from service.core.run import BundleSummary, Metadata, Run, ScenarioSummary
 from service.core.scenario import Scenario
 from service.core.tenancy import Tenant
-from service.intake.archive import ArchiveCaps, inspect, read_member
+from service.intake.archive import ArchiveCaps, ArchiveSummary, inspect, read_member
 from service.intake.documents import (
     MAX_CONTROLS_BYTES,
     MAX_SCENARIO_BYTES,
@@ -86,8 +87,11 @@ def release(runs: RunStore, *, tenant: str, attempt: Attempt) -> None:
         runs.release_idempotent(tenant, attempt.key, attempt.claim.token)
 
 
-def submit(world: Submitting, *, tenant: str, upload: Upload, attempt: Attempt | None = None) -> Submitted:
-    """Judge the upload, choose its wall, queue it. The bundle's file is moved into the blobs.
+def submit(
+    world: Submitting, *, tenant: str, upload: Upload, attempt: Attempt | None = None, traceparent: str | None = None
+) -> Submitted:
+    """Judge the upload, choose its wall, queue it. The bundle's file is moved into the blobs. `traceparent` is of the
+    request; an answer that is given again keeps the first one's.
 
     Raises what the API answers as refusals; the caller releases `attempt` then.
     """
@@ -97,11 +101,11 @@ def submit(world: Submitting, *, tenant: str, upload: Upload, attempt: Attempt |
             raise IdempotencyMismatch("this Idempotency-Key was used for a request with other content")
         return Submitted(run=Run.model_validate(attempt.claim.answer), replayed=True)
     who = world.tenants.get_tenant(tenant)
-    bundle, entries = _judged_bundle(upload, world.archive_caps)
+    bundle, contents = _judged_bundle(upload, world.archive_caps)
     documents = _documents(upload)
     controls = apply(documents.controls, who)
-    if bundle is not None:
-        _fits(bundle, entries, controls)
+    if contents is not None:
+        _fits(contents, controls)
     run = _placed_run(world, who, documents, controls, bundle)
     idempotency = (attempt.key, attempt.claim.token, content) if attempt is not None else None
     with ExitStack() as kept:
@@ -109,8 +113,9 @@ def submit(world: Submitting, *, tenant: str, upload: Upload, attempt: Attempt |
             kept.enter_context(world.bundles.stored(tenant, path=upload.bundle_path, digest=bundle.digest))
         stored = world.runs.submit(
             run, documents.scenario, bundle, max_queued=who.quota.queued, max_stored=who.quota.storage_bytes,
-            idempotency=idempotency,
+            idempotency=idempotency, traceparent=traceparent,
         )  # fmt: skip
+        reach(Failpoint.SUBMIT_AFTER_COMMIT)
     _announce(world, stored)
     return Submitted(run=stored)
 
@@ -124,10 +129,10 @@ def content_digest(upload: Upload) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _judged_bundle(upload: Upload, caps: ArchiveCaps) -> tuple[Bundle | None, int]:
-    """-> the bundle, and how many files and directories unpacking it makes."""
+def _judged_bundle(upload: Upload, caps: ArchiveCaps) -> tuple[Bundle | None, ArchiveSummary | None]:
+    """-> the bundle, and what unpacking it makes."""
     if upload.bundle_path is None or upload.bundle_digest is None:
-        return None, 0
+        return None, None
     summary = inspect(upload.bundle_path, caps)
     bundle = Bundle(
         digest=upload.bundle_digest,
@@ -135,7 +140,7 @@ def _judged_bundle(upload: Upload, caps: ArchiveCaps) -> tuple[Bundle | None, in
         files=summary.files,
         content_bytes=summary.content_bytes,
     )
-    return bundle, summary.entries
+    return bundle, summary
 
 
 def _documents(upload: Upload) -> _Documents:
@@ -158,13 +163,17 @@ def _part_or_member(part: bytes | None, upload: Upload, name: str, *, max_bytes:
     return read_member(upload.bundle_path, name, max_bytes=max_bytes)
 
 
-def _fits(bundle: Bundle, entries: int, controls: AppliedControls) -> None:
+def _fits(contents: ArchiveSummary, controls: AppliedControls) -> None:
+    """As the run's file system will count it, so that what is accepted here can be unpacked there."""
     limits = controls.limits
-    if bundle.content_bytes > limits.disk:
-        detail = f"the bundle expands to {bundle.content_bytes} bytes, and limits.disk is {limits.disk}"
+    if contents.disk_bytes > limits.disk:
+        detail = (
+            f"the bundle's files take {contents.disk_bytes} bytes of disk, each in whole blocks of 4 KiB "
+            f"({contents.content_bytes} bytes of content), and limits.disk is {limits.disk}"
+        )
         raise BundleRejected(detail, rule="disk")
-    if entries > limits.files:
-        detail = f"the bundle has {entries} files and directories, and limits.files is {limits.files}"
+    if contents.entries > limits.files:
+        detail = f"the bundle has {contents.entries} files and directories, and limits.files is {limits.files}"
         raise BundleRejected(detail, rule="files")
 
 
@@ -187,6 +196,7 @@ def _placed_run(
 
 def _announce(world: Submitting, run: Run) -> None:
     """After the commit: the run is accepted, whatever becomes of this."""
+    reach(Failpoint.SUBMIT_BEFORE_RING)
     try:
         world.doorbell.ring(run.placement.boundary)
     except Unavailable as error:

@@ -31,6 +31,7 @@ class Kind(Protocol):
     def floods(self, size: int) -> StepSpec: ...
     def echoes(self, stdin: bytes) -> StepSpec: ...
     def sleeps(self, seconds: float, *, timeout_s: float) -> StepSpec: ...
+    def talks(self, first: str, seconds: float, second: str) -> StepSpec: ...
     def writes(self, path: str, text: str) -> StepSpec: ...
     def leaves_a_child_holding_stdout(self, text: str) -> StepSpec: ...
     def another_process(self) -> Boundary:
@@ -77,6 +78,9 @@ class FakeKind:
 
     def sleeps(self, seconds: float, *, timeout_s: float) -> StepSpec:
         return make_step("sleep", str(seconds), timeout_s=timeout_s)
+
+    def talks(self, first: str, seconds: float, second: str) -> StepSpec:
+        return make_step("talk", first, str(seconds), second, timeout_s=2 * seconds)
 
     def writes(self, path: str, text: str) -> StepSpec:
         return make_step("write", path, text)
@@ -126,6 +130,9 @@ class GvisorKind:
 
     def sleeps(self, seconds: float, *, timeout_s: float) -> StepSpec:
         return make_step("sleep", str(seconds), timeout_s=timeout_s)
+
+    def talks(self, first: str, seconds: float, second: str) -> StepSpec:
+        return shell(f"printf %s {first}; sleep {seconds}; printf %s {second}", timeout_s=2 * seconds)
 
     def writes(self, path: str, text: str) -> StepSpec:
         return shell(f"mkdir -p $(dirname {path}) && printf %s '{text}' > {path}")

@@ -81,6 +81,39 @@ class TestSteps:
         assert large.stdout.total_bytes == 1024 * 1024
         assert large.exit_code == 0
 
+    def test_a_listener_is_told_all_of_each_stream_as_it_is_also_what_is_not_kept(self, kind: Kind) -> None:
+        text = bytes(range(256)) * 1024
+        ref = make_ref(installation=kind.installation)
+        with kind.boundary.open(make_spec(output=64 * 1024), ref, cancelled=Never()) as sandbox:
+            heard: list[dict[str, bytes]] = []
+            for step in (kind.echoes(text), kind.complains("to stderr"), kind.exits(3), kind.missing()):
+                heard.append({"stdout": b"", "stderr": b""})
+
+                def listen(stream: str, chunk: bytes, told: dict[str, bytes] = heard[-1]) -> None:
+                    told[stream] += chunk
+
+                execution = sandbox.execute(step, listener=listen)
+                assert len(heard[-1]["stdout"]) == execution.stdout.total_bytes
+        kind.boundary.destroy(ref)
+        assert [told["stdout"] for told in heard] == [text, b"", b"", b""]
+        assert [told["stderr"] for told in heard] == [b"", b"to stderr", b"", b""]
+
+    def test_a_listener_hears_what_a_step_prints_while_it_goes_on(self, kind: Kind) -> None:
+        heard: list[bytes] = []
+
+        class OnceHeard:
+            """Ends the step when something was heard: before that it has minutes to go."""
+
+            def is_set(self) -> bool:
+                return bool(heard)
+
+        ref = make_ref(installation=kind.installation)
+        with kind.boundary.open(make_spec(), ref, cancelled=OnceHeard()) as sandbox:
+            execution = sandbox.execute(kind.talks("first", 300, "second"), listener=lambda _, text: heard.append(text))
+        kind.boundary.destroy(ref)
+        assert (execution.ended, b"".join(heard)) == (Ended.CANCELLED, b"first")
+        assert execution.stdout.data == b"first"
+
     def test_a_run_that_prints_64_times_its_output_is_ended(self, kind: Kind) -> None:
         ref = make_ref(installation=kind.installation)
         with kind.boundary.open(make_spec(output=64 * 1024), ref, cancelled=Never()) as sandbox:

@@ -190,13 +190,6 @@ class TestReading:
             assert store.list_runs(who, phase=None, outcome=None, limit=9, before=None).items == ()
         assert store.get_run(run.id, "_canary") == run
 
-    def test_finished_among_names_the_finished_and_what_does_not_exist(self, store: Store) -> None:
-        add_tenant(store)
-        done, waiting, never = finished_run(store).id, add_run(store).id, make_run_id()
-
-        assert store.finished_among([done, waiting, never]) == {done, never}
-        assert store.finished_among([]) == frozenset()
-
 
 class TestCancelling:
     def test_a_queued_run_is_finished_at_once(self, store: Store) -> None:

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
+from service.adapters.sql.deliveries import DUE, DUE_OF_ONE, UNFANNED_EVENTS
 from service.adapters.sql.documents import POSITIONS
 from service.adapters.sql.engine import Database
 from service.adapters.sql.fairness import FAIREST, SOMETHING_TO_CLAIM
@@ -21,6 +22,7 @@ from service.adapters.sql.line import QUEUED, UNDESTROYED
 from service.adapters.sql.migrate import upgrade
 from service.adapters.sql.outbox import UNSTAMPED
 from service.adapters.sql.schema import metadata
+from service.adapters.sql.webhooks import ATTEMPTS, DEAD_LETTERS, OLD_DELIVERIES
 from service.adapters.sql_store import SqlStore
 from service.core.errors import StorageFull, Unavailable
 from tests.contract.store_steps import add_run, add_tenant
@@ -167,10 +169,16 @@ def test_a_writer_elsewhere_is_waited_for_and_then_it_is_unavailable(
         (POSITIONS, {"ix_run_queue"}),
         (UNSTAMPED, {"ix_outbox_unstamped"}),
         (STORED, {"ix_run_blob_tenant_digest_bytes"}),
+        (UNFANNED_EVENTS, {"ix_outbox_unfanned"}),
+        (DUE, {"ix_webhook_delivery_pending"}),
+        (DUE_OF_ONE, {"ix_webhook_delivery_pending"}),
+        (ATTEMPTS, {"ix_webhook_attempt_endpoint_id_id"}),
+        (DEAD_LETTERS, {"ix_webhook_delivery_dead"}),
+        (OLD_DELIVERIES, {"ix_webhook_delivery_settled"}),
         (EXPIRED, {"ix_run_finished_at"}),
         (EXPIRED_WITH_BLOBS, {"ix_run_keeps_blobs"}),
     ],
-    ids=["claim", "waiting", "leases", "undestroyed", "positions", "stamp", "stored", "expired", "with blobs"],
+    ids=["claim", "waiting", "leases", "undestroyed", "positions", "stamp", "stored", "fan-out", "due", "due of one", "attempts", "dead letters", "old deliveries", "expired", "with blobs"],
 )
 def test_sqlite_asks_the_small_indexes_and_not_every_run(
     sqlite_store: SqlStore, statement: sa.Select[Any], indexes: set[str]
@@ -182,4 +190,4 @@ def test_sqlite_asks_the_small_indexes_and_not_every_run(
     used = {index for line in plan for index in re.findall(r"INDEX (ix_\w+)", line)}
 
     assert used == indexes, plan
-    assert not [line for line in plan if re.fullmatch(r"SCAN (run|run_blob|outbox|mine|next_|own)", line)], plan
+    assert not [line for line in plan if re.fullmatch(r"SCAN (run|run_blob|outbox|mine|next_|own|soonest|webhook_\w+)", line)], plan

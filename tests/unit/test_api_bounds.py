@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.api.context import Bounds
 from service.api.frame import Frame
+from service.api.metrics import ApiMetrics
 from service.api.readiness import Readiness
 from service.api.slots import UploadSlots
 from service.core.errors import Unavailable
@@ -113,7 +114,7 @@ def test_requests_beyond_what_fits_are_told_to_come_again_and_health_is_not_coun
                 await let_go.wait()
             await JSONResponse({"path": scope["path"]})(scope, receive, send)
 
-        frame = Frame(waits, bounds=Bounds(requests_at_once=2))
+        frame = Frame(waits, bounds=Bounds(requests_at_once=2), metrics=ApiMetrics())
         waiting = [asyncio.create_task(_ask(frame)) for _ in range(2)]
         await asyncio.sleep(0.05)
         assert (await _ask(frame))[1]["code"] == "unavailable"
@@ -129,7 +130,7 @@ def test_what_nobody_caught_is_a_problem_that_says_nothing() -> None:
     async def breaks(scope: Scope, receive: Receive, send: Send) -> None:
         raise KeyError("s3cret")
 
-    status, problem = asyncio.run(_ask(Frame(breaks, bounds=Bounds())))
+    status, problem = asyncio.run(_ask(Frame(breaks, bounds=Bounds(), metrics=ApiMetrics())))
 
     assert (status, problem["code"]) == (500, "internal")
     assert "s3cret" not in str(problem)
@@ -151,7 +152,7 @@ def test_half_an_answer_is_not_finished_as_a_whole_one() -> None:
 
         scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "state": {}}
         with pytest.raises(KeyError):
-            await Frame(breaks_off, bounds=Bounds())(scope, receive, send)
+            await Frame(breaks_off, bounds=Bounds(), metrics=ApiMetrics())(scope, receive, send)
         assert [message["type"] for message in sent] == ["http.response.start"]
 
     asyncio.run(test())

@@ -3,11 +3,13 @@
 import asyncio
 import queue
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
 from service.api.notifier import Notifier
 from service.core.errors import Unavailable
+from service.core.news import Mark, Newest
 from service.core.ports import Hints
+from service.core.run import Phase
 
 
 class HandHints(Hints):
@@ -25,26 +27,32 @@ class HandHints(Hints):
 
 
 class Asked:
-    """A store that remembers what it was asked; `finished` is the truth."""
+    """A store that remembers what it was asked; `finished` and `told` are the truth."""
 
     def __init__(self) -> None:
         self.finished: set[str] = set()
+        self.told: dict[str, Mark] = {}
+        self.gone: set[str] = set()
         self.questions: list[frozenset[str]] = []
         self.fails = 0
 
-    def finished_among(self, run_ids: Iterable[str]) -> frozenset[str]:
+    def newest(self, run_ids: Iterable[str]) -> Mapping[str, Newest]:
         asked = frozenset(run_ids)
         self.questions.append(asked)
         if self.fails:
             self.fails -= 1
             raise Unavailable("the database cannot be used at the moment")
-        return asked & self.finished
+        return {run_id: self._newest(run_id) for run_id in asked - self.gone}
+
+    def _newest(self, run_id: str) -> Newest:
+        seq, k = self.told.get(run_id, (1, 0))
+        return Newest(seq=seq, k=k, phase=Phase.FINISHED if run_id in self.finished else Phase.RUNNING)
 
 
 def _play(test: Callable[[Notifier, HandHints, Asked], Awaitable[None]], *, poll_s: float) -> None:
     async def play() -> None:
         hints, asked = HandHints(), Asked()
-        notifier = Notifier(hints, asked.finished_among, poll_s=poll_s)
+        notifier = Notifier(hints, asked.newest, poll_s=poll_s)
         notifier.start()
         try:
             await asyncio.wait_for(test(notifier, hints, asked), timeout=10)
@@ -154,5 +162,75 @@ def test_who_leaves_is_forgotten() -> None:
         with notifier.waiting("a"), notifier.waiting("a"):
             assert notifier.waiters == 2
         assert notifier.waiters == 0
+
+    _play(test, poll_s=1000)
+
+
+# --- those who follow ------------------------------------------------------------------------------------------------
+
+
+def test_a_poll_wakes_a_follower_only_for_what_it_has_not_seen() -> None:
+    async def test(notifier: Notifier, hints: HandHints, asked: Asked) -> None:
+        with (
+            notifier.following("a", seen=(2, 3)) as behind,
+            notifier.following("a", seen=(2, 4)) as up_to_date,
+            notifier.waiting("a") as for_the_end,
+        ):
+            asked.told["a"] = (2, 4)
+            hints.given.put(None)
+            await behind.event.wait()
+            assert not up_to_date.event.is_set()
+            assert not for_the_end.is_set()
+
+    _play(test, poll_s=1000)
+
+
+def test_a_new_phase_and_a_run_that_is_gone_wake_a_follower() -> None:
+    async def test(notifier: Notifier, hints: HandHints, asked: Asked) -> None:
+        with notifier.following("a", seen=(2, 9)) as first, notifier.following("b", seen=(2, 9)) as second:
+            asked.told, asked.gone = {"a": (3, 0)}, {"b"}
+            hints.given.put(None)
+            await first.event.wait()
+            await second.event.wait()
+
+    _play(test, poll_s=1000)
+
+
+def test_a_hint_of_news_wakes_the_followers_of_that_run_without_a_question() -> None:
+    async def test(notifier: Notifier, hints: HandHints, asked: Asked) -> None:
+        with (
+            notifier.following("a", seen=(2, 0)) as follower,
+            notifier.following("b", seen=(2, 0)) as other,
+            notifier.waiting("a") as for_the_end,
+        ):
+            hints.hint("news", "a")
+            await follower.event.wait()
+            assert not other.event.is_set()
+            assert not for_the_end.is_set()
+            assert asked.questions == []
+
+    _play(test, poll_s=1000)
+
+
+def test_many_hints_of_news_do_not_put_off_the_poll() -> None:
+    async def test(notifier: Notifier, hints: HandHints, asked: Asked) -> None:
+        with notifier.waiting("a") as event:
+            asked.finished.add("a")
+            while not event.is_set():
+                hints.hint("news", "a")
+                await asyncio.sleep(0.001)
+
+    _play(test, poll_s=0.05)
+
+
+def test_closing_lets_followers_go_too() -> None:
+    async def test(notifier: Notifier, hints: HandHints, asked: Asked) -> None:
+        with notifier.following("a", seen=(1, 0)) as waiter:
+            assert not notifier.closed
+            notifier.close()
+            await waiter.event.wait()
+            assert notifier.closed
+        with notifier.following("a", seen=(1, 0)) as late:
+            assert late.event.is_set()
 
     _play(test, poll_s=1000)

@@ -1,12 +1,14 @@
 """The commands as a shell sees them: what they print, on which stream, and with which exit code they end."""
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import typer.main
 from typer.testing import CliRunner, Result
 
 from service.cli.main import make_app
@@ -85,7 +87,7 @@ def test_a_run_is_summed_up_with_what_failed_and_the_wall_it_ran_in(bundle: Path
     shown = _invoke("run", str(bundle), answer=_service(FAILED)).stdout
     for words in (
         "failed discount rules", ID, "expectation: step 2: stdout.json.total: expected 180, got 200", "signal 11",
-        "1.50 s", "expected 180", "got 200", '| {"total": 200}', "gvisor: kernel sandboxed", "control plane isolated",
+        "1.50 s", "expected 180", "got 200", "gvisor: kernel sandboxed", "control plane isolated",
         "tenant demo is untrusted: kernel >= sandboxed", "runsc 20240729.0", "memory <= 256.0 MiB", "uid 65532",
         "out/report.json (88 B)", "out/l: symlink",
     ):  # fmt: skip
@@ -95,18 +97,76 @@ def test_a_run_is_summed_up_with_what_failed_and_the_wall_it_ran_in(bundle: Path
 
 
 def test_what_the_guest_printed_neither_moves_the_cursor_nor_looks_like_ours(bundle: Path) -> None:
-    shown = _invoke("run", str(bundle), answer=_service(FAILED)).stdout
+    shown = _invoke("runs", "show", ID, answer=_service(FAILED)).stdout
     assert "\x1b" not in shown
     assert "\x07" not in shown
     assert r"  | \x1b]0;owned\x07passed" in shown
     assert shown.count("| first") < 12
 
 
-def test_progress_and_result_are_on_different_streams(bundle: Path) -> None:
-    result = _invoke("run", str(bundle), answer=_service(PASSED, before=({**PASSED, "phase": "running"},)))
-    assert "playing the scenario" in result.stderr
-    assert "playing the scenario" not in result.stdout
-    assert "passed" in result.stdout
+def test_phases_are_on_stderr_and_the_steps_and_what_they_print_on_stdout(bundle: Path) -> None:
+    before: tuple[Row, ...] = (
+        ("phase", {"phase": "queued", "queue_position": 3}),
+        ("phase", {"phase": "running"}),
+        ("progress", {"stage": "step", "step": 1, "steps": 2, "name": "build", "state": "started"}),
+        ("output", {"step": 1, "stream": "stdout", "seq": 0, "text": "made"}),
+        ("output", {"step": 1, "stream": "stderr", "seq": 0, "text": "warned\n"}),
+        ("progress", {"stage": "step", "step": 1, "steps": 2, "name": "build", "state": "passed"}),
+        ("progress", {"stage": "step", "step": 2, "steps": 2, "name": "vip", "state": "started"}),
+        ("progress", {"stage": "step", "step": 2, "steps": 2, "name": "vip", "state": "passed", "text": "0.1 s"}),
+    )
+    result = _invoke("run", str(bundle), answer=_service(PASSED, before=before))
+    assert result.exit_code == 0
+    assert [line.partition(": ")[2] for line in result.stderr.splitlines()] == [
+        "waiting for a worker, 1 in the queue", "waiting for a worker, 3 in the queue", "playing the scenario",
+    ]  # fmt: skip
+    live, _, summary = result.stdout.partition("\n\n")
+    assert live.splitlines() == [
+        "step 1/2  build", "  | made", "  ! warned", "  passed", "step 2/2  vip  passed  0.1 s",
+    ]  # fmt: skip
+    assert summary.startswith("passed  discount rules")
+
+
+def test_the_end_of_what_was_printed_is_repeated_only_when_not_all_of_it_was_shown(bundle: Path) -> None:
+    whole: tuple[Row, ...] = (("output", {"step": 2, "stream": "stdout", "seq": 0, "text": NASTY_OUTPUT}),)
+    cut: tuple[Row, ...] = (("output", {"step": 2, "stream": "stdout", "seq": 0, "text": "x", "omitted": True}),)
+    once = _invoke("run", str(bundle), answer=_service(FAILED, before=whole)).stdout
+    again = _invoke("run", str(bundle), answer=_service(FAILED, before=cut)).stdout
+    assert once.count('| {"total": 200}') == again.count('| {"total": 200}') == 1
+    assert "\x1b" not in once + again
+    assert "more than is shown live" in again
+
+
+def test_a_detached_run_is_its_id(bundle: Path) -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.method)
+        return httpx.Response(202, json=PASSED)
+
+    result = _invoke("run", str(bundle), "--detach", answer=answer)
+    assert (result.stdout, result.exit_code, asked) == (f"{ID}\n", 0, ["POST"])
+
+
+def test_a_report_and_the_artifacts_can_be_kept_and_room_for_them_is_looked_for_first(
+    bundle: Path, tmp_path: Path
+) -> None:
+    run = {**FAILED, "artifacts": [{"path": "out/a", "bytes": 1, "sha256": hashlib.sha256(b"1").hexdigest()}]}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("junit.xml"):
+            return httpx.Response(200, text="<testsuites/>", headers={"Content-Type": "application/xml"})
+        if "/artifacts/" in request.url.path:
+            return httpx.Response(200, content=b"1")
+        return _service(run)(request)
+
+    report, kept = tmp_path / "report.xml", tmp_path / "kept"
+    arguments = ("run", str(bundle), "--junit", str(report), "--artifacts", str(kept))
+    assert _invoke(*arguments, answer=answer).exit_code == 1
+    assert report.read_text() == "<testsuites/>"
+    assert (kept / "out" / "a").read_bytes() == b"1"
+    again = _invoke(*arguments, answer=lambda _: pytest.fail("something was sent"))
+    assert again.exit_code == 2
 
 
 def test_json_is_the_finished_run_on_one_line_and_nothing_else(bundle: Path) -> None:
@@ -164,7 +224,8 @@ def test_bad_usage_is_2(arguments: list[str]) -> None:
     assert _invoke(*arguments, answer=lambda _: pytest.fail("something was sent")).exit_code == 2
 
 
-def test_an_interrupt_cancels_the_run_and_says_how_it_ended(bundle: Path) -> None:
+@pytest.mark.parametrize("mode", [(), ("--json",)])
+def test_an_interrupt_cancels_the_run_and_says_how_it_ended(bundle: Path, mode: tuple[str, ...]) -> None:
     asked: list[str] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -176,10 +237,144 @@ def test_an_interrupt_cancels_the_run_and_says_how_it_ended(bundle: Path) -> Non
             200, json={**FAILED, "outcome": "cancelled"} if finished else {**FAILED, "phase": "running"}
         )
 
-    result = _invoke("run", str(bundle), answer=answer)
-    assert asked == ["POST ", f"GET /{ID}", f"POST /{ID}/cancel", f"GET /{ID}"]
+    result = _invoke("run", str(bundle), *mode, answer=answer)
+    assert asked == ["POST ", f"GET /{ID}" + ("" if mode else "/events"), f"POST /{ID}/cancel", f"GET /{ID}"]
     assert result.exit_code == 1
     assert "cancelled" in result.stdout
+
+
+def test_a_second_interrupt_leaves_without_waiting(bundle: Path) -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.method)
+        if len(asked) in (2, 4):
+            raise KeyboardInterrupt
+        return httpx.Response(200, json={**FAILED, "phase": "running"})
+
+    result = _invoke("run", str(bundle), answer=answer)
+    assert asked == ["POST", "GET", "POST", "GET"]
+    assert (result.exit_code, result.stdout.strip()) == (1, "")
+    assert "blastdoor runs show" in result.stderr
+
+
+def test_a_service_that_is_lost_is_said_and_where_the_run_can_be_seen(bundle: Path) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(202, json=PASSED) if request.method == "POST" else _problem(500, "internal")
+
+    result = _invoke("run", str(bundle), answer=answer)
+    assert result.exit_code == 3
+    assert f"blastdoor runs show {ID}" in " ".join(result.stderr.split())
+
+
+# --- logs, junit, webhooks, operators ---------------------------------------------------------------------------------
+
+
+def test_the_logs_of_a_finished_run_are_what_was_stored_and_of_another_what_is_told() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if "/steps/2/" in request.url.path:
+            return httpx.Response(200, content=b"all\x1b[2J of it\n")
+        return _problem(404, "not_found") if "/steps/" in request.url.path else httpx.Response(200, json=FAILED)
+
+    stored = _invoke("runs", "logs", ID, answer=answer)
+    assert stored.stdout.splitlines() == [
+        "step 1  build  passed", "  | made", "step 2  vip  failed", r"  | all\x1b[2J of it",
+    ]  # fmt: skip
+
+    told: Row = ("output", {"step": 1, "stream": "stdout", "seq": 0, "text": "so far"})
+
+    def running(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/events"):
+            return _events(told, ("result", FAILED))
+        return httpx.Response(200, json={**FAILED, "phase": "running", "outcome": None})
+
+    for option in ((), ("--follow",)):
+        shown = _invoke("runs", "logs", ID, *option, answer=running)
+        assert shown.stdout.splitlines()[:2] == ["step 1", "  | so far"]
+        assert "failed  expectation" in shown.stdout
+        lines = _invoke("runs", "logs", ID, *option, "--json", answer=running).stdout.splitlines()
+        assert [json.loads(line)["event"] for line in lines] == ["output", "result"]
+
+
+def test_a_report_is_printed_or_written(tmp_path: Path) -> None:
+    report = httpx.Response(200, content=b"<testsuites/>\n", headers={"Content-Type": "application/xml"})
+    assert _invoke("runs", "junit", ID, answer=lambda _: report).stdout == "<testsuites/>\n"
+    assert _invoke("runs", "junit", ID, "-o", str(tmp_path / "r"), answer=lambda _: report).stdout == ""
+    assert (tmp_path / "r").read_text() == "<testsuites/>\n"
+    unfinished = _problem(409, "not_finished")
+    assert _invoke("runs", "junit", ID, answer=lambda _: unfinished).exit_code == 2
+
+
+WEBHOOK = {"id": "whk_0192", "url": "https://shop.example/\x1b[2J", "types": ["*"], "enabled": True}
+ATTEMPT = {
+    "id": "dlv_1", "event_id": "evt_1", "attempt": 2, "at": "2026-01-02T03:04:05Z", "status": 500,
+    "error": "\x1b]0;owned\x07 said the receiver", "next_at": "2026-01-02T03:09:05Z",
+}  # fmt: skip
+
+
+def test_webhooks_are_added_listed_rotated_and_removed() -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(f"{request.method} {request.url.path}")
+        if request.method == "DELETE":
+            return httpx.Response(204)
+        if request.method == "POST" and request.url.path.endswith("webhooks"):
+            assert json.loads(request.content) == {"url": "https://shop.example", "types": ["*"]}
+        listed = request.method == "GET" and request.url.path.endswith("webhooks")
+        return httpx.Response(200, json={"items": [WEBHOOK]} if listed else {**WEBHOOK, "secret": "whsec_x"})
+
+    assert "whsec_x" in _invoke("webhooks", "add", "https://shop.example", answer=answer).stdout.splitlines()
+    for command in (("webhooks",), ("webhooks", "list"), ("webhooks", "show", "whk_0192")):
+        shown = _invoke(*command, answer=answer).stdout
+        assert r"https://shop.example/\x1b[2J" in shown
+    assert "whsec_x" in _invoke("webhooks", "rotate", "whk_0192", answer=answer).stdout.splitlines()
+    assert _invoke("webhooks", "remove", "whk_0192", "--yes", answer=answer).stdout == "removed whk_0192\n"
+    assert asked == [
+        "POST /v1/webhooks", "GET /v1/webhooks", "GET /v1/webhooks", "GET /v1/webhooks/whk_0192",
+        "POST /v1/webhooks/whk_0192/rotate", "DELETE /v1/webhooks/whk_0192",
+    ]  # fmt: skip
+    assert _invoke("webhooks", "remove", "whk_0192", answer=lambda _: pytest.fail("sent")).exit_code != 0
+    both = _invoke("webhooks", "--service", "--tenant", "acme", answer=lambda _: pytest.fail("sent"))
+    assert both.exit_code == 2
+
+
+@pytest.mark.parametrize("command", [("webhooks", "deliveries", "whk_0192"), ("admin", "dead-letters")])
+def test_deliveries_are_shown_without_obeying_what_a_receiver_said(command: tuple[str, ...]) -> None:
+    page = httpx.Response(200, json={"items": [ATTEMPT], "next_cursor": "abc"})
+    shown = _invoke(*command, answer=lambda _: page).stdout
+    assert "\x1b" not in shown
+    for words in (r"\x1b]0;owned\x07 said the receiver", "2 at 2026-01-02T03:04:05Z", "500", "--cursor abc"):
+        assert words in shown
+    empty = httpx.Response(200, json={"items": [], "next_cursor": None})
+    assert _invoke(*command, answer=lambda _: empty).stdout == "no deliveries\n"
+
+
+def test_an_operator_sees_workers_kills_runs_and_replays() -> None:
+    worker = {"id": "wrk_1", "site": "here", "capabilities": [{"boundary": "gvisor", "available": True}]}
+    workers = httpx.Response(200, json={"items": [worker]})
+    assert "gvisor" in _invoke("admin", "workers", answer=lambda _: workers).stdout
+    running = httpx.Response(202, json={**FAILED, "phase": "running", "outcome": None})
+    assert _invoke("admin", "kill", ID, answer=lambda _: running).stdout == f"{ID} is being cancelled\n"
+    replayed = httpx.Response(202, json={"id": "dlv_1"})
+    assert "dlv_1" in _invoke("admin", "dead-letters", "replay", "dlv_1", answer=lambda _: replayed).stdout
+
+
+def test_every_command_has_json_and_an_example() -> None:
+    seen = 0
+    for path, command in _commands(typer.main.get_command(make_app())):
+        seen += 1
+        if path != ["blastdoor"]:
+            assert "blastdoor " in (command.help or ""), path
+        if not hasattr(command, "commands") or getattr(command, "invoke_without_command", False):
+            assert "--json" in [option for each in command.params for option in each.opts], path
+    assert seen > 25
+
+
+def _commands(command: Any, path: tuple[str, ...] = ("blastdoor",)) -> Iterator[tuple[list[str], Any]]:
+    yield list(path), command
+    for name, child in getattr(command, "commands", {}).items():
+        yield from _commands(child, (*path, name))
 
 
 def test_runs_are_a_table_within_eighty_columns() -> None:
@@ -275,7 +470,8 @@ def test_keys_and_services_are_made() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["run"], ["runs"], ["tenants"], ["tenants", "add"], ["services"], ["services", "add"], ["up"]]
+    "arguments",
+    [[], ["run"], ["runs"], ["tenants"], ["tenants", "add"], ["services"], ["services", "add"], ["up"], ["admin"]],
 )
 def test_every_command_explains_itself(arguments: list[str]) -> None:
     result = CliRunner().invoke(make_app(), [*arguments, "--help"])
@@ -291,15 +487,27 @@ def _invoke(*arguments: str, answer: Answer) -> Result:
     return CliRunner().invoke(make_app(), list(arguments), obj=httpx.MockTransport(answer), env=_AT)
 
 
-def _service(finished: dict[str, Any], *, before: tuple[dict[str, Any], ...] = ()) -> Answer:
-    states = [*before, finished]
+Row = tuple[str, dict[str, Any]]
+
+
+def _service(finished: dict[str, Any], *, before: tuple[Row, ...] = ()) -> Answer:
+    """Accepts a submission, tells of it with these events and its end, and has it."""
 
     def answer(request: httpx.Request) -> httpx.Response:
         if request.method == "POST":
             return httpx.Response(202, json={**finished, "phase": "queued", "outcome": None, "queue_position": 1})
-        return httpx.Response(200, json=states.pop(0) if len(states) > 1 else states[0])
+        if request.url.path.endswith("/events"):
+            return _events(*before, ("result", finished))
+        return httpx.Response(200, json=finished)
 
     return answer
+
+
+def _events(*rows: Row) -> httpx.Response:
+    body = "".join(
+        f"id: 1.{n}\nevent: {kind}\ndata: {json.dumps(data)}\n\n" for n, (kind, data) in enumerate(rows, start=1)
+    )
+    return httpx.Response(200, headers={"Content-Type": "text/event-stream"}, content=body.encode())
 
 
 def _problem(status: int, code: str, **more: object) -> httpx.Response:

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from service.cli.main import make_app
-from service.cli.saving import write_output
+from service.cli.printing import write_bytes
 
 ID = "run_0192f0c1d2e37a4b8c9d0e1f2a3b4c5d"
 _AT = {"BLASTDOOR_URL": "http://127.0.0.1:1", "BLASTDOOR_KEY": "bd_t_x"}
@@ -62,7 +62,7 @@ def test_on_a_terminal_nothing_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stdout", terminal)
 
-    write_output([b"caf\xc3", b"\xa9\x1b[2J\r", b"\xe2\x80\xae\n", b"\xff"])
+    write_bytes([b"caf\xc3", b"\xa9\x1b[2J\r", b"\xe2\x80\xae\n", b"\xff"])
 
     assert terminal.getvalue() == "caf\u00e9\\x1b[2J\\r\\u202e\n\ufffd"
 

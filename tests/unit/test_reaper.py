@@ -1,7 +1,7 @@
 """What one sweep of a site destroys, leaves alone, and says is gone."""
 
 import threading
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from datetime import timedelta
 from typing import Any
 
@@ -322,7 +322,7 @@ def test_one_that_resists_does_not_keep_the_others_standing() -> None:
 
 def test_a_database_that_is_away_stops_the_sweep_before_anything_is_destroyed() -> None:
     class Away(MemoryStore):
-        def lease_of(self, run_id: str) -> LeaseView | None:
+        def leases_of(self, run_ids: Collection[str]) -> Mapping[str, LeaseView]:
             raise Unavailable("the database cannot be used at the moment")
 
     clock = Clock()

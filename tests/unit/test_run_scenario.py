@@ -486,21 +486,21 @@ class TakenOver(MemoryStore):
                 assert decision.verdict is not None
                 assert self.recover_finish(view, decision.verdict)
 
-    def mark_running(self, run_id: str, fence: int) -> None:
+    def mark_running(self, run_id: str, fence: int, **more: Any) -> None:
         self._before("mark_running")
-        super().mark_running(run_id, fence)
+        super().mark_running(run_id, fence, **more)
 
-    def mark_collecting(self, run_id: str, fence: int) -> None:
+    def mark_collecting(self, run_id: str, fence: int, **more: Any) -> None:
         self._before("mark_collecting")
-        super().mark_collecting(run_id, fence)
+        super().mark_collecting(run_id, fence, **more)
 
-    def finish(self, run_id: str, fence: int, result: Result) -> None:
+    def finish(self, run_id: str, fence: int, result: Result, **more: Any) -> None:
         self._before("finish")
-        super().finish(run_id, fence, result)
+        super().finish(run_id, fence, result, **more)
 
-    def requeue(self, run_id: str, fence: int, *, why: str, counts: bool = True) -> Phase:
+    def requeue(self, run_id: str, fence: int, **more: Any) -> Phase:
         self._before("requeue")
-        return super().requeue(run_id, fence, why=why, counts=counts)
+        return super().requeue(run_id, fence, **more)
 
 
 LOST_AT: dict[str, tuple[Callable[[], Stage], list[str], Phase, Reason | None]] = {
@@ -582,21 +582,21 @@ class Away(MemoryStore):
             self.left[name] -= 1
             raise Unavailable("the database cannot be used at the moment")
 
-    def mark_running(self, run_id: str, fence: int) -> None:
+    def mark_running(self, run_id: str, fence: int, **more: Any) -> None:
         self._there("mark_running")
-        super().mark_running(run_id, fence)
+        super().mark_running(run_id, fence, **more)
 
-    def mark_collecting(self, run_id: str, fence: int) -> None:
+    def mark_collecting(self, run_id: str, fence: int, **more: Any) -> None:
         self._there("mark_collecting")
-        super().mark_collecting(run_id, fence)
+        super().mark_collecting(run_id, fence, **more)
 
-    def finish(self, run_id: str, fence: int, result: Result) -> None:
+    def finish(self, run_id: str, fence: int, result: Result, **more: Any) -> None:
         self._there("finish")
-        super().finish(run_id, fence, result)
+        super().finish(run_id, fence, result, **more)
 
-    def requeue(self, run_id: str, fence: int, *, why: str, counts: bool = True) -> Phase:
+    def requeue(self, run_id: str, fence: int, **more: Any) -> Phase:
         self._there("requeue")
-        return super().requeue(run_id, fence, why=why, counts=counts)
+        return super().requeue(run_id, fence, **more)
 
     def record_destroyed(self, run_id: str, fence: int) -> bool:
         self._there("record_destroyed")

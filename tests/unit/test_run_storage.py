@@ -12,6 +12,7 @@ import structlog
 from service.adapters.memory import MemoryBlobs, MemoryStore
 from service.core.boundary import ArtifactLimits, SkippedArtifact
 from service.core.errors import QuotaExceeded, StorageFull, Unavailable
+from service.core.news import START
 from service.core.run import Outcome, Phase, Run
 from tests.scenes import Stage, Theatre, steps
 from workers.boundaries.fake import DyingBoundary
@@ -61,7 +62,10 @@ def test_they_count_among_the_tenants_storage_and_go_with_the_run(theatre: Theat
     before = theatre.store.storage_left("acme")
     run = theatre.play(steps(["print", "four"], ["complain", "four"], ["write", "a", "six"], artifacts=["*"]))
 
-    assert before - theatre.store.storage_left("acme") == len("four") + len("six")
+    told = [one for one in theatre.store.read_news(run.id, None, after=START, limit=100).news if one.kind == "output"]
+    live = sum(len(one.data) for one in told)
+    assert len(told) == 2
+    assert before - theatre.store.storage_left("acme") == len("four") + len("six") + live
     assert len(theatre.store.delete_run(run.id, "acme")) == 2
     assert theatre.store.storage_left("acme") == before
 

@@ -61,12 +61,15 @@ class World:
         return Upload(**words)
 
     def submitted(self, upload: Upload, *, attempt: Attempt | None = None, **more: Any) -> Submitted:
-        world = Submitting(
+        world = self.submitting(policy=more.pop("policy", Policy()))
+        return submit(world, tenant="acme", upload=upload, attempt=attempt)
+
+    def submitting(self, *, policy: Policy | None = None) -> Submitting:
+        return Submitting(
             runs=self.store, tenants=self.store, workers=self.store, bundles=self.bundles, hints=self.hints,
-            doorbell=self.doorbell, policy=more.pop("policy", Policy()), archive_caps=ArchiveCaps(),
+            doorbell=self.doorbell, policy=policy or Policy(), archive_caps=ArchiveCaps(),
             worker_fresh=timedelta(seconds=90),
         )  # fmt: skip
-        return submit(world, tenant="acme", upload=upload, attempt=attempt)
 
     def submit(self, **parts: Any) -> Run:
         return self.submitted(self.upload(**parts)).run

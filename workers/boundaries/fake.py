@@ -5,8 +5,9 @@ worker can be configured to use it, since it isolates nothing and runs nothing.
 
 A `FakeWorld` stands for the platform. Two `FakeBoundary` objects over one world are two processes on one host.
 Programs (the step's argv): `exit CODE`, `signal NUMBER`, `print TEXT`, `complain TEXT` (stderr), `flood BYTES`, `echo`
-(stdin to stdout), `sleep SECONDS`, `write PATH TEXT`, `die` (the sandbox is lost), `limit NAME`, `orphan TEXT` (prints,
-and leaves a child that holds stdout). Anything else is a missing program.
+(stdin to stdout), `sleep SECONDS`, `talk TEXT SECONDS TEXT` (prints, is silent, prints again), `write PATH TEXT`, `die`
+(the sandbox is lost), `limit NAME`, `orphan TEXT` (prints, and leaves a child that holds stdout). Anything else is a
+missing program.
 """
 
 import fnmatch
@@ -34,12 +35,14 @@ from service.core.boundary import (
     Execution,
     FileContent,
     Limit,
+    Listener,
     Sandbox,
     SkippedArtifact,
     StepSpec,
     Usage,
 )
 from service.core.errors import BoundaryError, BoundaryLost, NotYetDestroyed, ProvisionFailed, QuotaExceeded, TooLarge
+from service.core.failpoints import Failpoint, reach
 
 _OUTPUT_FACTOR = 64
 
@@ -63,6 +66,13 @@ class _Guest:
     files: dict[str, bytes] = field(default_factory=dict)
     alive: bool = True
     printed: int = 0
+    listener: Listener | None = None
+
+    def tell(self, stdout: bytes, stderr: bytes = b"") -> None:
+        if self.listener is not None and stdout:
+            self.listener("stdout", stdout)
+        if self.listener is not None and stderr:
+            self.listener("stderr", stderr)
 
 
 class FakeSandbox:
@@ -75,10 +85,11 @@ class FakeSandbox:
             raise BoundaryError("the bundle comes once, before the first step")
         self._uploaded = True
 
-    def execute(self, step: StepSpec) -> Execution:
+    def execute(self, step: StepSpec, *, listener: Listener | None = None) -> Execution:
         if self._collected:
             raise BoundaryError("nothing runs after collect")
         self._played = True
+        self._guest.listener = listener
         if not self._guest.alive or self._guest.ref.name not in self._world.running:
             return Execution(ended=Ended.LOST, duration_s=0, cpu_s=0, sandbox_alive=False)
         execution = self._play(step)
@@ -178,13 +189,16 @@ class FakeBoundary:
     def open(self, spec: BoundarySpec, ref: BoundaryRef, *, cancelled: Cancellation) -> Iterator[Sandbox]:
         if ref.name in self.world.labels:
             raise ProvisionFailed(f"{ref.name} exists")
+        reach(Failpoint.OPEN_BEFORE_CREATE)
         self.world.labels[ref.name] = ref
-        self.world.running.add(ref.name)
         try:
+            reach(Failpoint.OPEN_HALF_CREATED)
+            self.world.running.add(ref.name)
             self._before_ready()
-        except ProvisionFailed:
+            reach(Failpoint.OPEN_CREATED)
+        except BaseException:
             self.world.running.discard(ref.name)
-            del self.world.labels[ref.name]
+            self.world.labels.pop(ref.name, None)
             raise
         try:
             yield self._sandbox(_Guest(ref=ref, spec=spec, sleep=self._sleep, cancelled=cancelled))
@@ -283,6 +297,7 @@ def _capture(guest: _Guest, data: bytes) -> Capture:
 
 
 def _exited(guest: _Guest, *, stdout: bytes = b"", stderr: bytes = b"", code: int = 0) -> Execution:
+    guest.tell(stdout, stderr)
     return _execution(Ended.EXITED, exit_code=code, stdout=_capture(guest, stdout), stderr=_capture(guest, stderr))
 
 
@@ -294,6 +309,16 @@ def _write(guest: _Guest, step: StepSpec, args: tuple[str, ...]) -> Execution:
 def _sleep(guest: _Guest, step: StepSpec, args: tuple[str, ...]) -> Execution:
     guest.sleep(float(args[0]))
     return _execution(Ended.EXITED, exit_code=0, duration_s=float(args[0]))
+
+
+def _talk(guest: _Guest, step: StepSpec, args: tuple[str, ...]) -> Execution:
+    first, seconds, second = args[0].encode(), float(args[1]), args[2].encode()
+    guest.tell(first)
+    guest.sleep(seconds)
+    if guest.cancelled.is_set():
+        return _execution(Ended.CANCELLED, stdout=_capture(guest, first), sandbox_alive=False)
+    guest.tell(second)
+    return _execution(Ended.EXITED, exit_code=0, duration_s=seconds, stdout=_capture(guest, first + second))
 
 
 def _limit(guest: _Guest, step: StepSpec, args: tuple[str, ...]) -> Execution:
@@ -312,6 +337,7 @@ _PROGRAMS: Mapping[str, _Program] = {
     "die": lambda guest, step, args: _execution(Ended.LOST, message="the sandbox ended", sandbox_alive=False),
     "write": _write,
     "sleep": _sleep,
+    "talk": _talk,
     "limit": _limit,
 }
 

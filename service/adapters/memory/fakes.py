@@ -5,9 +5,11 @@ import queue
 import secrets
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO
 
@@ -139,6 +141,24 @@ class MemoryBlobs:
 
     def delete(self, tenant: str, digest: str) -> None:
         self._place(tenant, digest).unlink(missing_ok=True)
+
+    def older_than(self, tenant: str, age: timedelta) -> Sequence[str]:
+        prefix, until = self._place(tenant, "").name, time.time() - age.total_seconds()
+        return sorted(
+            f"sha256:{path.name.removeprefix(prefix)}"
+            for path in self._root.iterdir()
+            if path.name.startswith(prefix) and path.stat().st_mtime <= until
+        )
+
+    def discard(self, tenant: str, digest: str, *, age: timedelta) -> bool:
+        is_old = digest in self.older_than(tenant, age)
+        if is_old:
+            self.delete(tenant, digest)
+        return is_old
+
+    def clear(self, tenant: str) -> None:
+        for digest in self.older_than(tenant, timedelta(0)):
+            self.delete(tenant, digest)
 
     @contextmanager
     def staging(self) -> Iterator[Path]:

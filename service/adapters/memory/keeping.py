@@ -39,7 +39,7 @@ class MemoryKeeping(MemoryState):
             if stored is None or stored.run.phase is not Phase.FINISHED:
                 return ()
             unshared = self._unshared(stored)
-            stored.blobs, stored.blobs_purged = {}, True
+            stored.blobs, stored.blobs_purged, stored.news = {}, True, []
             return unshared
 
     def purge_idempotency(self, *, dry_run: bool) -> int:
@@ -62,7 +62,8 @@ class MemoryKeeping(MemoryState):
     def _unshared(self, stored: StoredRun) -> tuple[str, ...]:
         """The blobs that no other run of the tenant uses."""
         others = [other.blobs for other in self._of(stored.run.tenant) if other is not stored]
-        return tuple(sorted(stored.blobs.keys() - {digest for blobs in others for digest in blobs}))
+        mine = {digest for digest in stored.blobs if digest.startswith("sha256:")}
+        return tuple(sorted(mine - {digest for blobs in others for digest in blobs}))
 
     def _stored_bytes(self, tenant: str) -> int:
         sizes: dict[str, int] = {}

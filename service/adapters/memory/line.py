@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from service.adapters.memory.state import MemoryState, StoredRun
 from service.core.events import EventType
 from service.core.lease import LeaseView, instead_of_another_attempt
+from service.core.news import News
 from service.core.ports import Claim, Heartbeat
 from service.core.run import ACTIVE, NEXT, Phase, Result, Verdict
 
@@ -15,12 +16,12 @@ class MemoryRunLine(MemoryState):
         self, *, worker_id: str, site: str, boundaries: Sequence[str], runtimes: Sequence[str], lease: timedelta
     ) -> Claim | None:
         with self._lock:
-            stored = self._fairest(boundaries, runtimes)
+            stored = None if worker_id in self._draining else self._fairest(boundaries, runtimes)
             if stored is None:
                 return None
             now = self.now()
             stored.fence += 1
-            stored.site, stored.lease_until = site, now + lease
+            stored.site, stored.lease_owner, stored.lease_until = site, worker_id, now + lease
             self._tenants[stored.run.tenant].last_served = now
             self._move(stored, Phase.PROVISIONING, attempt=stored.run.attempt + 1, boundary_destroyed_at=None)
             return Claim(
@@ -29,6 +30,8 @@ class MemoryRunLine(MemoryState):
                 scenario=stored.scenario,
                 bundle=stored.bundle,
                 lease_until=now + lease,
+                waited=now - stored.queued_at,
+                traceparent=stored.traceparent,
             )
 
     def heartbeat(self, run_id: str, fence: int, *, lease: timedelta) -> Heartbeat:
@@ -41,21 +44,32 @@ class MemoryRunLine(MemoryState):
         with self._lock:
             return Heartbeat(cancel_requested_by=self._held(run_id, fence).cancel_requested_by)
 
-    def mark_running(self, run_id: str, fence: int) -> None:
+    def append_news(self, run_id: str, fence: int, news: Sequence[News]) -> None:
         with self._lock:
-            self._move(self._held(run_id, fence, to=Phase.RUNNING), Phase.RUNNING, started_at=self.now())
+            self._tell(self._held(run_id, fence), news)
 
-    def mark_collecting(self, run_id: str, fence: int) -> None:
+    def mark_running(self, run_id: str, fence: int, *, news: Sequence[News] = ()) -> None:
         with self._lock:
-            self._move(self._held(run_id, fence, to=Phase.COLLECTING), Phase.COLLECTING)
+            stored = self._held(run_id, fence, to=Phase.RUNNING)
+            self._tell(stored, news)
+            self._move(stored, Phase.RUNNING, started_at=self.now())
 
-    def finish(self, run_id: str, fence: int, result: Result) -> None:
+    def mark_collecting(self, run_id: str, fence: int, *, news: Sequence[News] = ()) -> None:
         with self._lock:
-            self._end(self._held(run_id, fence, to=Phase.FINISHED), result)
+            stored = self._held(run_id, fence, to=Phase.COLLECTING)
+            self._tell(stored, news)
+            self._move(stored, Phase.COLLECTING)
 
-    def requeue(self, run_id: str, fence: int, *, why: str, counts: bool = True) -> Phase:
+    def finish(self, run_id: str, fence: int, result: Result, *, news: Sequence[News] = ()) -> None:
+        with self._lock:
+            stored = self._held(run_id, fence, to=Phase.FINISHED)
+            self._tell(stored, news)
+            self._end(stored, result)
+
+    def requeue(self, run_id: str, fence: int, *, why: str, counts: bool = True, news: Sequence[News] = ()) -> Phase:
         with self._lock:
             stored = self._held(run_id, fence, to=Phase.QUEUED)
+            self._tell(stored, news)
             verdict = instead_of_another_attempt(stored.view(), why=why, counts=counts)
             if verdict is not None:
                 self._end(stored, Result(verdict=verdict))

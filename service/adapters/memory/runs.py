@@ -1,6 +1,5 @@
 """Runs as their owners see them."""
 
-from collections.abc import Iterable
 from datetime import timedelta
 
 from service.adapters.memory.keeping import IDEMPOTENCY_KEPT, MemoryKeeping
@@ -38,7 +37,7 @@ class MemoryRuns(MemoryKeeping):
 
     def submit(
         self, run: Run, scenario: Scenario, bundle: Bundle | None, *, max_queued: int,
-        idempotency: tuple[str, str, str] | None = None, max_stored: int | None = None,
+        idempotency: tuple[str, str, str] | None = None, max_stored: int | None = None, traceparent: str | None = None,
     ) -> Run:  # fmt: skip
         with self._lock:
             owner = self._tenants.get(run.tenant)
@@ -54,7 +53,9 @@ class MemoryRuns(MemoryKeeping):
                 raise IdempotencyInFlight("a request with this Idempotency-Key is still being answered")
             queued = run.model_copy(update={"phase": Phase.QUEUED, "attempt": 0, "created_at": self.now()})
             pathless = bundle and bundle.model_copy(update={"path": None})
-            stored = StoredRun(run=queued, scenario=scenario, bundle=pathless, queued_at=self.now())
+            stored = StoredRun(
+                run=queued, scenario=scenario, bundle=pathless, queued_at=self.now(), traceparent=traceparent
+            )
             if bundle is not None:
                 stored.blobs[bundle.digest] = bundle.bytes_
             self._runs[run.id] = stored
@@ -105,22 +106,3 @@ class MemoryRuns(MemoryKeeping):
                 raise Conflict("only a finished run can be deleted", code="not_finished")
             del self._runs[run_id]
             return self._unshared(stored)
-
-    def finished_among(self, run_ids: Iterable[str]) -> frozenset[str]:
-        with self._lock:
-            return frozenset(
-                run_id
-                for run_id in run_ids
-                if run_id not in self._runs or self._runs[run_id].run.phase is Phase.FINISHED
-            )
-
-    def _shown(self, stored: StoredRun) -> Run:
-        if stored.run.phase is not Phase.QUEUED:
-            return stored.run
-        queue = [
-            s.run.id
-            for s in self._runs.values()
-            if s.run.phase is Phase.QUEUED and s.run.placement.boundary == stored.run.placement.boundary
-        ]
-        position = sum(run_id <= stored.run.id for run_id in queue)
-        return stored.run.model_copy(update={"queue_position": position})

@@ -42,6 +42,8 @@ class MemoryTenants(MemoryState):
         with self._lock:
             self._tenant(name, service_id=None).deleted = True
             self._keys = {id_: key for id_, key in self._keys.items() if key.tenant != name}
+            for endpoint_id in [id_ for id_, stored in self._endpoints.items() if stored.owner.tenant == name]:
+                self._forget_endpoint(endpoint_id)
             for _, stored in sorted(self._runs.items()):
                 if stored.run.tenant != name or stored.run.phase is Phase.FINISHED:
                     continue
@@ -99,7 +101,9 @@ class MemoryTenants(MemoryState):
 class MemoryWorkers(MemoryState):
     def record_worker(self, worker: WorkerRecord) -> None:
         with self._lock:
-            self._workers[worker.id] = worker.model_copy(update={"measured_at": self.now()})
+            self._workers[worker.id] = worker.model_copy(
+                update={"measured_at": self.now(), "draining": worker.id in self._draining}
+            )
 
     def forget_worker(self, worker_id: str) -> None:
         with self._lock:

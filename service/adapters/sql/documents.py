@@ -33,7 +33,7 @@ class Head(BaseModel):
 
 
 _ahead = run.alias("ahead")
-_queue_position = (
+QUEUE_POSITION = (
     sa.case(
         (
             run.c.phase == "queued",
@@ -48,7 +48,7 @@ _queue_position = (
 ).label("queue_position")
 
 _stored = run.outerjoin(run_result)
-SHOWN = sa.select(run, run_result.c.result, _queue_position).select_from(_stored)
+SHOWN = sa.select(run, run_result.c.result, QUEUE_POSITION).select_from(_stored)
 """A run as its owner sees it. `queue_position` counts the older runs that wait for the same boundary, whoever owns
 them: fairness between tenants may serve one sooner, so it is where a run stands, not a promise."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from service.adapters.sql.documents import compact
-from service.adapters.sql.schema import outbox
+from service.adapters.sql.schema import outbox, tenant, webhook_endpoint
 from service.core.events import EventType, cloud_event, finished_data, phase_data
 from service.core.ids import new_id
 from service.core.run import Phase, Run
@@ -19,12 +19,18 @@ _EVENT_OF = {
     Phase.QUEUED: EventType.REQUEUED,
     Phase.FINISHED: EventType.FINISHED,
 }
-_insert = sa.insert(outbox)
+_service = sa.select(tenant.c.service_id).where(tenant.c.name == sa.bindparam("b_of")).scalar_subquery()
+_wanted = sa.exists().where(
+    webhook_endpoint.c.enabled,
+    sa.or_(webhook_endpoint.c.tenant == sa.bindparam("b_of"), webhook_endpoint.c.service_id == _service),
+)
+# Where nobody has a webhook there is nothing to fan out, and nothing more to write.
+_insert = sa.insert(outbox).values(fanned=~_wanted)
 
 
 def write_phase(
     connection: sa.Connection, run: Run, *, installation: str, seq: int, fence: int, at: datetime,
-    type_: EventType | None = None, more: Mapping[str, Any] | None = None,
+    traceparent: str | None, type_: EventType | None = None, more: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """The event of the phase that the run is now in; `type_` where the phase does not say it (queued, destroyed)."""
     type_ = type_ or _EVENT_OF[run.phase]
@@ -33,7 +39,7 @@ def write_phase(
     event_id = new_id("evt")
     event = cloud_event(
         event_id=event_id, installation=installation, type_=type_, run_id=run.id, tenant=run.tenant, sequence=seq,
-        at=at, data=said,
+        at=at, data=said, traceparent=traceparent,
     )  # fmt: skip
     row = {
         "event_id": event_id,
@@ -46,5 +52,6 @@ def write_phase(
         "event": compact(event),
         "created_at": at,
         "published": False,
+        "b_of": run.tenant,
     }
     connection.execute(_insert, row)

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from service.adapters.sql.documents import SHOWN, is_run_id, run_of
 from service.adapters.sql.engine import Span, db_now
 from service.adapters.sql.idempotency import KEPT
-from service.adapters.sql.schema import HAS_ENDED, KEEPS_BLOBS, idempotency, indexed_by, run, run_blob, tenant
+from service.adapters.sql.schema import HAS_ENDED, KEEPS_BLOBS, idempotency, indexed_by, run, run_blob, run_news, tenant
 from service.adapters.sql.transitions import SqlPart
 from service.core.boundary import Bundle
 from service.core.errors import NotFound, QuotaExceeded
@@ -38,6 +38,7 @@ _unshared = (
     sa.select(run_blob.c.digest)
     .where(
         run_blob.c.run_id == _run_id,
+        run_blob.c.digest.startswith("sha256:"),  # and not what it told live, which is in the database
         ~sa.select(_other.c.run_id)
         .where(
             _other.c.tenant == run_blob.c.tenant, _other.c.digest == run_blob.c.digest,
@@ -105,6 +106,7 @@ class SqlKeeping(SqlPart):
                 return ()
             digests = unshared(connection, run_id)
             connection.execute(sa.delete(run_blob).where(run_blob.c.run_id == run_id))
+            connection.execute(sa.delete(run_news).where(run_news.c.run_id == run_id))
         return digests
 
     def purge_idempotency(self, *, dry_run: bool) -> int:

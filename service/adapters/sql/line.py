@@ -13,8 +13,9 @@ from service.adapters.sql.documents import CHANGED, is_run_id, run_of
 from service.adapters.sql.engine import Span, db_now
 from service.adapters.sql.events import write_phase
 from service.adapters.sql.fairness import FAIREST, SOMETHING_TO_CLAIM, serialised
-from service.adapters.sql.schema import IS_QUEUED, NOT_KNOWN_GONE, indexed_by, run, run_input, tenant
+from service.adapters.sql.schema import IS_QUEUED, NOT_KNOWN_GONE, indexed_by, run, run_input, tenant, worker
 from service.adapters.sql.transitions import (
+    APPEND,
     FINISH,
     FINISH_LOST,
     HEARTBEAT,
@@ -32,12 +33,14 @@ from service.adapters.sql.transitions import (
 from service.core.boundary import Bundle
 from service.core.errors import LeaseLost
 from service.core.events import EventType
+from service.core.failpoints import Failpoint, reach
 from service.core.lease import LeaseView, instead_of_another_attempt
+from service.core.news import News
 from service.core.ports import Claim, Heartbeat
 from service.core.run import Phase, Result, Verdict
 from service.core.scenario import Scenario
 
-_VIEW = (
+LEASE_VIEW = (
     run.c.id.label("run_id"), run.c.phase, run.c.boundary, run.c.attempt, run.c.fence, run.c.lease_until,
     run.c.created_at, run.c.destroyed_fence, run.c.cancel_requested_by,
 )  # fmt: skip
@@ -49,6 +52,7 @@ _take = (
         fence=run.c.fence + 1,
         attempt=run.c.attempt + 1,
         last_seq=run.c.last_seq + 1,
+        phase_seq=run.c.last_seq + 1,
         lease_owner=sa.bindparam("b_worker_id"),
         lease_until=db_now() + sa.bindparam("b_lease", type_=Span()),
         site=sa.bindparam("b_site"),
@@ -56,10 +60,11 @@ _take = (
     )
     .returning(*CHANGED)
 )
+_drains = sa.select(worker.c.id).where(worker.c.id == sa.bindparam("b_worker_id"), worker.c.draining)
 _input = sa.select(run_input.c.scenario, run_input.c.bundle).where(run_input.c.run_id == sa.bindparam("b_run_id"))
 _served = sa.update(tenant).where(tenant.c.name == sa.bindparam("b_tenant")).values(last_served=sa.bindparam("b_at"))
 _held = (
-    sa.select(*_VIEW)
+    sa.select(*LEASE_VIEW)
     .where(run.c.id == sa.bindparam("b_run_id"), run.c.fence == sa.bindparam("b_fence"))
     .with_for_update()
 )
@@ -73,14 +78,14 @@ _destroyed = (
     .values(destroyed_fence=sa.bindparam("b_fence"), boundary_destroyed_at=db_now(), last_seq=run.c.last_seq + 1)
     .returning(*CHANGED)
 )
-_one_view = sa.select(*_VIEW).where(run.c.id == sa.bindparam("b_run_id"))
+_one_view = sa.select(*LEASE_VIEW).where(run.c.id == sa.bindparam("b_run_id"))
 _most = sa.bindparam("b_limit", type_=sa.Integer())
 _is_overdue = sa.and_(run.c.lease_until.is_not(None), run.c.lease_until < db_now())
-_overdue = sa.select(*_VIEW).where(_is_overdue).order_by(run.c.lease_until).limit(_most)
-QUEUED = sa.select(*_VIEW).where(sa.text(IS_QUEUED)).order_by(run.c.id).limit(_most)
+_overdue = sa.select(*LEASE_VIEW).where(_is_overdue).order_by(run.c.lease_until).limit(_most)
+QUEUED = sa.select(*LEASE_VIEW).where(sa.text(IS_QUEUED)).order_by(run.c.id).limit(_most)
 QUEUED = QUEUED.with_hint(run, indexed_by("ix_run_queued"), "sqlite")
 UNDESTROYED = (
-    sa.select(*_VIEW)
+    sa.select(*LEASE_VIEW)
     .where(
         run.c.site == sa.bindparam("b_site"),
         sa.text(NOT_KNOWN_GONE),
@@ -111,19 +116,27 @@ class SqlRunLine(SqlPart):
         }  # fmt: skip
         with self._db.write() as connection:
             serialised(connection)
+            if connection.execute(_drains, offered).one_or_none() is not None:
+                return None
             row = connection.execute(_take, offered).one_or_none()
             if row is None:
                 return None
             claimed = run_of(row)
             connection.execute(_served, {"b_tenant": row.tenant, "b_at": row.at})
-            write_phase(connection, claimed, installation=installation, seq=row.last_seq, fence=row.fence, at=row.at)
+            write_phase(
+                connection, claimed, installation=installation, seq=row.last_seq, fence=row.fence, at=row.at,
+                traceparent=row.traceparent,
+            )  # fmt: skip
             brought = connection.execute(_input, {"b_run_id": row.id}).one()
+            reach(Failpoint.CLAIM_BEFORE_COMMIT)
         return Claim(
             run=claimed,
             fence=row.fence,
             scenario=Scenario.model_validate_json(brought.scenario),
             bundle=None if brought.bundle is None else Bundle.model_validate_json(brought.bundle),
             lease_until=row.lease_until,
+            waited=row.at - row.queued_at,
+            traceparent=row.traceparent,
         )
 
     def heartbeat(self, run_id: str, fence: int, *, lease: timedelta) -> Heartbeat:
@@ -140,26 +153,36 @@ class SqlRunLine(SqlPart):
             raise _lost(run_id, fence)
         return Heartbeat(cancel_requested_by=row.cancel_requested_by)
 
-    def mark_running(self, run_id: str, fence: int) -> None:
-        self._change(TO_RUNNING, run_id, fence)
+    def append_news(self, run_id: str, fence: int, news: Sequence[News]) -> None:
+        with self._db.write() as connection:
+            # Locked, so that what is told of a phase is there before the phase ends, for whoever reads in between.
+            if connection.execute(LOOK.with_for_update(), _held_by(run_id, fence)).one_or_none() is None:
+                raise _lost(run_id, fence)
+            self._tell(connection, run_id, fence, news)
 
-    def mark_collecting(self, run_id: str, fence: int) -> None:
-        self._change(TO_COLLECTING, run_id, fence)
+    def mark_running(self, run_id: str, fence: int, *, news: Sequence[News] = ()) -> None:
+        self._change(TO_RUNNING, run_id, fence, news)
 
-    def finish(self, run_id: str, fence: int, result: Result) -> None:
+    def mark_collecting(self, run_id: str, fence: int, *, news: Sequence[News] = ()) -> None:
+        self._change(TO_COLLECTING, run_id, fence, news)
+
+    def finish(self, run_id: str, fence: int, result: Result, *, news: Sequence[News] = ()) -> None:
         installation = self.installation_id()
         with self._db.write() as connection:
+            self._tell(connection, run_id, fence, news)
             if end(connection, FINISH, _held_by(run_id, fence), result, installation=installation) is None:
                 raise _lost(run_id, fence)
+            reach(Failpoint.FINISH_BEFORE_COMMIT)
 
-    def requeue(self, run_id: str, fence: int, *, why: str, counts: bool = True) -> Phase:
+    def requeue(self, run_id: str, fence: int, *, why: str, counts: bool = True, news: Sequence[News] = ()) -> Phase:
         installation = self.installation_id()
         held_by = _held_by(run_id, fence)
         with self._db.write() as connection:
             held = connection.execute(_held, held_by).one_or_none()
             if held is None or held.phase not in sources(Phase.QUEUED):
                 raise _lost(run_id, fence)
-            verdict = instead_of_another_attempt(_view(held), why=why, counts=counts)
+            self._tell(connection, run_id, fence, news)
+            verdict = instead_of_another_attempt(lease_view(held), why=why, counts=counts)
             if verdict is not None:
                 moved = end(connection, FINISH, held_by, only(verdict), installation=installation)
             else:
@@ -180,7 +203,7 @@ class SqlRunLine(SqlPart):
                 return False
             write_phase(
                 connection, run_of(row), installation=installation, seq=row.last_seq, fence=fence, at=row.at,
-                type_=EventType.DESTROYED,
+                traceparent=row.traceparent, type_=EventType.DESTROYED,
             )  # fmt: skip
         return True
 
@@ -196,18 +219,18 @@ class SqlRunLine(SqlPart):
             rows = list(connection.execute(_overdue, {"b_limit": limit}))
             if len(rows) < limit:
                 rows += connection.execute(QUEUED, {"b_limit": limit - len(rows)})
-        return [_view(row) for row in rows]
+        return [lease_view(row) for row in rows]
 
     def lease_of(self, run_id: str) -> LeaseView | None:
         if not is_run_id(run_id):
             return None
         with self._db.read() as connection:
             row = connection.execute(_one_view, {"b_run_id": run_id}).one_or_none()
-        return None if row is None else _view(row)
+        return None if row is None else lease_view(row)
 
     def undestroyed(self, site: str, *, limit: int = 1000) -> Sequence[LeaseView]:
         with self._db.read() as connection:
-            return [_view(row) for row in connection.execute(UNDESTROYED, {"b_site": site, "b_limit": limit})]
+            return [lease_view(row) for row in connection.execute(UNDESTROYED, {"b_site": site, "b_limit": limit})]
 
     def recover_finish(self, view: LeaseView, verdict: Verdict) -> bool:
         installation = self.installation_id()
@@ -232,9 +255,16 @@ class SqlRunLine(SqlPart):
         assert at is not None
         return at
 
-    def _change(self, statement: sa.UpdateBase, run_id: str, fence: int) -> None:
+    def _tell(self, connection: sa.Connection, run_id: str, fence: int, news: Sequence[News]) -> None:
+        """Nothing is added when the row has moved on: what the same transaction does next says so."""
+        if news:
+            rows = [_held_by(run_id, fence) | {"b_k": n.k, "b_kind": str(n.kind), "b_data": n.data} for n in news]
+            connection.execute(APPEND, rows)
+
+    def _change(self, statement: sa.UpdateBase, run_id: str, fence: int, news: Sequence[News]) -> None:
         installation = self.installation_id()
         with self._db.write() as connection:
+            self._tell(connection, run_id, fence, news)
             if change(connection, statement, _held_by(run_id, fence), installation=installation) is None:
                 raise _lost(run_id, fence)
 
@@ -247,5 +277,5 @@ def _lost(run_id: str, fence: int) -> LeaseLost:
     return LeaseLost(f"fence {fence} of {run_id} may no longer be acted under")
 
 
-def _view(row: sa.Row[Any]) -> LeaseView:
+def lease_view(row: sa.Row[Any]) -> LeaseView:
     return LeaseView.model_validate(row._mapping)

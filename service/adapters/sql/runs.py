@@ -1,6 +1,6 @@
 """Runs as their owners see them: submit, read, list, cancel, delete."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,11 +24,10 @@ from service.adapters.sql.transitions import SqlPart, cancel_queued, use_blobs
 from service.core.boundary import Bundle
 from service.core.errors import Conflict, NotFound, QuotaExceeded
 from service.core.events import EventType
+from service.core.failpoints import Failpoint, reach
 from service.core.ports import Page
 from service.core.run import Outcome, Phase, Run
 from service.core.scenario import Scenario
-
-_IDS_AT_ONCE = 500
 
 _run_id: sa.BindParameter[Any] = sa.bindparam("b_run_id")
 _tenant: sa.BindParameter[Any] = sa.bindparam("b_tenant")
@@ -57,7 +56,7 @@ _not_internal = sa.func.substr(run.c.tenant, 1, 1) != "_"
 class SqlRuns(SqlPart):
     def submit(
         self, run: Run, scenario: Scenario, bundle: Bundle | None, *, max_queued: int,
-        idempotency: tuple[str, str, str] | None = None, max_stored: int | None = None,
+        idempotency: tuple[str, str, str] | None = None, max_stored: int | None = None, traceparent: str | None = None,
     ) -> Run:  # fmt: skip
         installation = self.installation_id()
         boundary = run.placement.boundary
@@ -80,7 +79,9 @@ class SqlRuns(SqlPart):
             row = {
                 "id": run.id, "tenant": run.tenant, "boundary": boundary, "runtime": scenario.runtime,
                 "phase": Phase.QUEUED.value, "attempt": 0, "fence": 0, "destroyed_fence": 0, "last_seq": 1,
+                "phase_seq": 1,
                 "created_at": queue.at, "queued_at": queue.at, "head": head_text(run),
+                "traceparent": traceparent,
             }  # fmt: skip
             connection.execute(_insert_run, row)
             brought = {"run_id": run.id, "scenario": scenario_text(scenario), "bundle": bundle_text(bundle)}
@@ -88,11 +89,13 @@ class SqlRuns(SqlPart):
             if bundle is not None:
                 use_blobs(connection, stored, {bundle.digest: bundle.bytes_})
             write_phase(
-                connection, stored, installation=installation, seq=1, fence=0, at=queue.at, type_=EventType.QUEUED
-            )
+                connection, stored, installation=installation, seq=1, fence=0, at=queue.at, type_=EventType.QUEUED,
+                traceparent=traceparent,
+            )  # fmt: skip
             if idempotency is not None:
                 key, token, content_digest = idempotency
                 complete(connection, stored, key=key, token=token, content_digest=content_digest)
+            reach(Failpoint.SUBMIT_BEFORE_COMMIT)
         return stored
 
     def get_run(self, run_id: str, tenant: str | None) -> Run:
@@ -142,17 +145,6 @@ class SqlRuns(SqlPart):
             digests = unshared(connection, run_id)
             connection.execute(sa.delete(run).where(run.c.id == run_id))
         return digests
-
-    def finished_among(self, run_ids: Iterable[str]) -> frozenset[str]:
-        asked = frozenset(run_ids)
-        known = sorted(run_id for run_id in asked if is_run_id(run_id))
-        unfinished: set[str] = set()
-        with self._db.read() as connection:
-            for start in range(0, len(known), _IDS_AT_ONCE):
-                some = known[start : start + _IDS_AT_ONCE]
-                going_on = sa.select(run.c.id).where(run.c.id.in_(some), run.c.phase != Phase.FINISHED.value)
-                unfinished.update(connection.scalars(going_on))
-        return asked - unfinished
 
 
 def _positions(connection: sa.Connection, rows: Sequence[sa.Row[Any]]) -> dict[str, int]:

@@ -19,7 +19,7 @@ from sqlalchemy import (
     text,
 )
 
-from service.adapters.sql.engine import Instant
+from service.adapters.sql.engine import Instant, Span
 
 metadata = MetaData(
     naming_convention={
@@ -38,6 +38,11 @@ IS_CLAIMABLE = "phase = 'queued' AND fence = destroyed_fence"
 NOT_KNOWN_GONE = "fence > destroyed_fence"
 HAS_ENDED = "finished_at IS NOT NULL"
 KEEPS_BLOBS = "finished_at IS NOT NULL AND blobs_purged_at IS NULL"
+UNFANNED = "NOT fanned AND NOT internal"
+IS_PENDING = "state = 'pending'"
+IS_DEAD = "state = 'dead'"
+IS_SETTLED = "settled_at IS NOT NULL"
+IS_ORDERED = "ordered AND done_at IS NULL"
 
 
 def indexed_by(name: str) -> str:
@@ -72,6 +77,7 @@ tenant = Table(
     Column("created_at", Instant, nullable=False),
     Column("last_served", Instant),  # when a run of theirs was last claimed: the longest ago goes first
     Column("deleted_at", Instant),  # the row stays, so that the name stays taken
+    Column("purged_at", Instant),  # of a deleted one: nothing else of it is left
     Index("ix_tenant_service_id", "service_id"),
 )  # fmt: skip
 
@@ -102,11 +108,14 @@ run = Table(
     Column("attempt", Integer, nullable=False),
     Column("fence", Integer, nullable=False),
     Column("destroyed_fence", Integer, nullable=False),  # the highest fence whose boundary is known to be gone
+    Column("quarantined_fence", Integer, nullable=False, server_default="0"),  # whose boundary was said to resist
     Column("last_seq", Integer, nullable=False),  # of its events
+    Column("phase_seq", Integer, nullable=False),  # of the event that brought it to its phase
     Column("lease_owner", Text),
     Column("lease_until", Instant),  # set in the active phases only
     Column("site", Text),  # where its latest boundary is, or was
     Column("cancel_requested_by", Text),
+    Column("traceparent", Text),  # W3C, of the request that submitted it
     Column("created_at", Instant, nullable=False),
     Column("queued_at", Instant, nullable=False),
     Column("started_at", Instant),
@@ -149,7 +158,7 @@ run_result = Table(
 )  # fmt: skip
 
 # Which blobs a run uses: what nobody uses any more may be deleted. With the size in the index, a tenant's storage is
-# summed without looking at the rows.
+# summed without looking at the rows. One row, `live:RUN`, stands for what the run told live.
 run_blob = Table(
     "run_blob", metadata,
     Column("run_id", Text, ForeignKey("run.id", ondelete="CASCADE"), primary_key=True),
@@ -157,6 +166,16 @@ run_blob = Table(
     Column("tenant", Text, nullable=False),
     Column("bytes", BigInteger, nullable=False),
     Index("ix_run_blob_tenant_digest_bytes", "tenant", "digest", "bytes"),
+)  # fmt: skip
+
+# What is told of a run while it goes on, for whoever watches; `data` is JSON in ASCII on one line. See core/news.py.
+run_news = Table(
+    "run_news", metadata,
+    Column("run_id", Text, ForeignKey("run.id", ondelete="CASCADE"), primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("k", Integer, primary_key=True, autoincrement=False),
+    Column("kind", Text, nullable=False),
+    Column("data", Text, nullable=False),
 )  # fmt: skip
 
 idempotency = Table(
@@ -185,6 +204,7 @@ outbox = Table(
     Column("created_at", Instant, nullable=False),
     Column("pub_seq", BigInteger, unique=True),
     Column("published", Boolean, nullable=False),
+    Column("fanned", Boolean, nullable=False),  # every webhook that wants it has its delivery
     UniqueConstraint("run_id", "seq"),
     Index("uq_outbox_terminal", "run_id", unique=True,
           sqlite_where=text("terminal"), postgresql_where=text("terminal")),
@@ -194,6 +214,7 @@ outbox = Table(
     Index("ix_outbox_unpublished", "pub_seq",
           sqlite_where=text("pub_seq IS NOT NULL AND NOT published"),
           postgresql_where=text("pub_seq IS NOT NULL AND NOT published")),
+    Index("ix_outbox_unfanned", "id", sqlite_where=text(UNFANNED), postgresql_where=text(UNFANNED)),
 )  # fmt: skip
 
 relay_state = Table(
@@ -212,5 +233,127 @@ worker = Table(
     Column("host", Text, nullable=False),
     Column("site", Text, nullable=False),
     Column("capabilities", Text, nullable=False),
+    Column("slots", Integer, nullable=False),
+    Column("draining", Boolean, nullable=False, server_default=text("false")),  # it claims nothing more
     Column("measured_at", Instant, nullable=False),
+)  # fmt: skip
+
+webhook_endpoint = Table(
+    "webhook_endpoint", metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, ForeignKey("tenant.name")),  # one of the two
+    Column("service_id", Text, ForeignKey("service.id")),
+    Column("url", Text, nullable=False),
+    Column("types", Text, nullable=False),  # JSON list
+    Column("enabled", Boolean, nullable=False),
+    Column("disabled_reason", Text),
+    Column("secret", Text, nullable=False),  # sealed
+    Column("old_secret", Text),
+    Column("old_secret_until", Instant),
+    Column("created_at", Instant, nullable=False),
+    Index("ix_webhook_endpoint_tenant", "tenant"),
+    Index("ix_webhook_endpoint_service_id", "service_id"),
+    CheckConstraint("(tenant IS NULL) <> (service_id IS NULL)", name="one_owner"),
+)  # fmt: skip
+
+# No foreign key to `outbox`: events may be purged by age. A claim only moves `next_at` to its lease's end, so what a
+# dispatcher dropped is due again by itself.
+webhook_delivery = Table(
+    "webhook_delivery", metadata,
+    Column("id", Text, primary_key=True),
+    Column("endpoint_id", Text, ForeignKey("webhook_endpoint.id", ondelete="CASCADE"), nullable=False),
+    Column("event_id", Text, nullable=False),
+    Column("tenant", Text, nullable=False),  # the event's
+    Column("type", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("attempt", Integer, nullable=False),  # made so far
+    Column("tries", Integer, nullable=False),  # of them, since it was made or last replayed
+    Column("fence", Integer, nullable=False),
+    Column("next_at", Instant),  # of a pending one
+    Column("status", Integer),  # of the last attempt
+    Column("error", Text),
+    Column("settled_at", Instant),  # delivered, or dead
+    UniqueConstraint("endpoint_id", "event_id"),
+    Index("ix_webhook_delivery_pending", "endpoint_id", "next_at", "id",
+          sqlite_where=text(IS_PENDING), postgresql_where=text(IS_PENDING)),
+    Index("ix_webhook_delivery_dead", "id", sqlite_where=text(IS_DEAD), postgresql_where=text(IS_DEAD)),
+    Index("ix_webhook_delivery_settled", "settled_at",
+          sqlite_where=text(IS_SETTLED), postgresql_where=text(IS_SETTLED)),
+)  # fmt: skip
+
+webhook_attempt = Table(
+    "webhook_attempt", metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("delivery_id", Text, ForeignKey("webhook_delivery.id", ondelete="CASCADE"), nullable=False),
+    Column("endpoint_id", Text, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("at", Instant, nullable=False),
+    Column("status", Integer),
+    Column("error", Text),
+    Column("next_at", Instant),
+    Column("duration", Span, nullable=False),
+    UniqueConstraint("delivery_id", "attempt"),
+    Index("ix_webhook_attempt_endpoint_id_id", "endpoint_id", "id"),
+)  # fmt: skip
+
+site = Table(
+    "site", metadata,
+    Column("name", Text, primary_key=True),
+    Column("last_seen_at", Instant, nullable=False),  # its reaper listed the world
+    Column("asked_at", Instant),  # somebody wants it to look again
+    Column("forgotten_at", Instant),  # by an operator; until it answers
+)  # fmt: skip
+
+# What each site's reaper discovered when it last looked. Without a foreign key to `run`: an orphan has none.
+inventory = Table(
+    "inventory", metadata,
+    Column("site", Text, ForeignKey("site.name"), primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("variant", Text, nullable=False),
+    Column("run", Text, nullable=False),
+    Column("tenant", Text, nullable=False),
+    Column("fence", Integer, nullable=False),
+    Column("created_at", Instant, nullable=False),
+    Column("expires_at", Instant, nullable=False),
+    Column("observed_at", Instant, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("resisting_since", Instant),  # its destruction was begun then, and has not come off
+)  # fmt: skip
+
+cleanup = Table(
+    "cleanup", metadata,
+    Column("id", Text, primary_key=True),
+    Column("asked_by", Text, nullable=False),
+    Column("at", Instant, nullable=False),
+    Column("force", Boolean, nullable=False),
+    Column("applied_at", Instant),  # until then it is a dry run
+    Column("done_at", Instant),
+)  # fmt: skip
+
+cleanup_action = Table(
+    "cleanup_action", metadata,
+    Column("cleanup_id", Text, ForeignKey("cleanup.id", ondelete="CASCADE"), primary_key=True),
+    Column("n", Integer, primary_key=True, autoincrement=False),
+    Column("ref", Text, nullable=False),  # JSON
+    Column("site", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("why", Text, nullable=False),
+    Column("ordered", Boolean, nullable=False),  # the plan is applied, and the line is for its site to execute
+    Column("result", Text),
+    Column("done_at", Instant),
+    Index("ix_cleanup_action_ordered", "site", "cleanup_id", "n",
+          sqlite_where=text(IS_ORDERED), postgresql_where=text(IS_ORDERED)),
+)  # fmt: skip
+
+# Written before the act it is about, and again with its result.
+audit = Table(
+    "audit", metadata,
+    Column("id", Text, primary_key=True),  # UUIDv7: newest first is id descending
+    Column("at", Instant, nullable=False),
+    Column("who", Text, nullable=False),
+    Column("what", Text, nullable=False),
+    Column("target", Text, nullable=False),
+    Column("detail", Text, nullable=False),  # JSON
+    Column("result", Text),  # JSON text; none: the act goes on, or its end was not seen
 )  # fmt: skip

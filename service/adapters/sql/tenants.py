@@ -8,7 +8,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from service.adapters.sql.engine import db_now
 from service.adapters.sql.fairness import serialised
-from service.adapters.sql.schema import IS_ACTIVE, IS_QUEUED, api_key, run, service, tenant
+from service.adapters.sql.schema import IS_ACTIVE, IS_QUEUED, api_key, run, service, tenant, webhook_endpoint
 from service.adapters.sql.transitions import SqlPart, cancel_queued
 from service.core.errors import Conflict, NotFound
 from service.core.ids import new_id
@@ -61,6 +61,7 @@ class SqlTenants(SqlPart):
             if connection.execute(gone).rowcount != 1:
                 raise NotFound
             connection.execute(_revoke.where(api_key.c.tenant == name))
+            connection.execute(sa.delete(webhook_endpoint).where(webhook_endpoint.c.tenant == name))
             for run_id in connection.scalars(queued.with_for_update()).all():
                 cancel_queued(connection, run_id, by="operator", installation=installation)
             connection.execute(mark)

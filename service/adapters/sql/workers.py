@@ -24,6 +24,7 @@ class SqlWorkers(SqlPart):
             "host": worker.host,
             "site": worker.site,
             "capabilities": _CAPABILITIES.dump_json(worker.capabilities).decode(),
+            "slots": worker.slots,
             "measured_at": db_now(),
         }
         record = insert(_WORKER).values(id=worker.id, **said)
@@ -51,6 +52,8 @@ def _record(row: sa.Row[Any]) -> WorkerRecord:
         host=row.host,
         site=row.site,
         capabilities=_CAPABILITIES.validate_json(row.capabilities),
+        slots=row.slots,
+        draining=row.draining,
         measured_at=row.measured_at,
     )
 

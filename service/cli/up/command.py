@@ -17,7 +17,6 @@ import typer
 from rich.text import Text
 
 from service.cli.address import CLIENT_FILE, default_state_dir, write_client_file
-from service.cli.client import Client, Document, Problem, Unreachable
 from service.cli.connection import EXIT_INFRASTRUCTURE, EXIT_REFUSED
 from service.cli.printing import make_console, print_fields, print_json, print_line, quoted
 from service.cli.up.children import Child, CrashLoop, end_left_over
@@ -25,6 +24,7 @@ from service.cli.up.installation import Keys, cancel_what_runs, mint_keys, prepa
 from service.cli.up.programs import Plan, processes, redis_server
 from service.cli.up.redis import LOOPBACK, RedisPlan, redis_answers
 from service.cli.up.state import CannotUse, StateDirectory, free_port, open_state, port_is_free
+from service.client import Client, Document, Problem, Unreachable
 from service.core.errors import BlastdoorError
 from service.settings import Settings
 

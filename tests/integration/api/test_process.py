@@ -18,7 +18,7 @@ from service.adapters.sql_store import SqlStore
 from service.core.errors import BlastdoorError
 from service.core.ports import WorkerRecord
 from service.core.tenancy import KeyKind, Trust
-from service.main import read_policy
+from service.intake.policy import read_policy
 from service.usecases.keys import mint
 from tests.factories import make_capabilities, make_tenant
 from tests.integration.api.conftest import SCENARIO

@@ -1,14 +1,16 @@
 """What is kept of a stream that may be endless: its head and its tail, each up to half of the limit, and a count."""
 
 from collections import deque
+from collections.abc import Callable
 
 from service.core.boundary import Capture
 
 
 class HeadAndTail:
-    """Memory stays below the limit and one chunk, whatever is written."""
+    """Memory stays below the limit and one chunk, whatever is written. `tell` is told each chunk as it comes."""
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, *, tell: Callable[[bytes], None] | None = None) -> None:
+        self._tell = tell
         self._head_limit = limit_bytes - limit_bytes // 2
         self._tail_limit = limit_bytes // 2
         self._head = bytearray()
@@ -18,6 +20,8 @@ class HeadAndTail:
 
     def add(self, chunk: bytes) -> None:
         self.total_bytes += len(chunk)
+        if self._tell is not None:
+            self._tell(chunk)
         room = self._head_limit - len(self._head)
         if room > 0:
             self._head += chunk[:room]

@@ -1,8 +1,9 @@
 """Reads what a dead guest has left. It runs after the last guest process is proven gone, and distrusts all it finds.
 
 Everything starts at a descriptor of the run's /work and resolves beneath it, through no link (`open_beneath`). A
-regular file with one name is copied; everything else is skipped, and said. Caps on files, bytes, depth and time; the
-reading of a hostile tree costs a bounded amount.
+regular file with one name is copied; everything else is skipped, and said, whatever its name: it is written down by
+the rule of `service.core.names`. Caps on files, bytes, depth and time; the reading of a hostile tree costs a bounded
+amount.
 """
 
 import errno
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 
 from service.core.boundary import Artifact, ArtifactLimits, ArtifactSink, FileContent, SkippedArtifact
 from service.core.errors import QuotaExceeded, TooLarge
+from service.core.names import written
 from workers.boundaries.gvisor.mounts import open_beneath
 
 _MAX_SKIPPED = 1000
@@ -66,15 +68,13 @@ def _copy_matches(
 ) -> None:
     left_bytes = limits.total_bytes
     for path, found in _walk(root_fd, matcher, limits.depth, deadline=deadline):
-        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        shown = written(os.fsencode(path))
         why: str | None
         if len(collected.kept) >= limits.count:
             collected.skipped.append(SkippedArtifact(path=shown, why=f"more than {limits.count} artifacts"))
             return
         if isinstance(found, str):
             why = found
-        elif shown.encode() != os.fsencode(path):
-            why = "the name is not UTF-8"
         else:
             why, size, digest = _copy(root_fd, path, sink, max_bytes=left_bytes)
             if why is None:

@@ -18,6 +18,7 @@ import structlog
 
 from service.core.boundary import BoundaryKind, BoundaryRef, BoundarySpec, Cancellation, Capabilities, Host, Sandbox
 from service.core.errors import NotYetDestroyed, ProvisionFailed
+from service.core.failpoints import Failpoint, reach
 from workers.boundaries.gvisor.cgroups import CgroupTree, Group
 from workers.boundaries.gvisor.control import GUEST_UID
 from workers.boundaries.gvisor.evidence import identify
@@ -33,6 +34,7 @@ log = structlog.get_logger()
 
 _READY_S = 30.0
 _CLEAR_S = 5.0
+_CLEAR_AGAIN_S = 0.25
 _POLL_S = 0.05
 _INIT = Path(__file__).with_name("init")
 _RUNSC_ENV = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -65,6 +67,7 @@ class GvisorBoundary:
         self._places = Places(runtime_dir=host.runtime_dir, installation=host.installation, site=host.site)
         self._cgroups = CgroupTree.detect(parent=host.cgroup_parent)
         self._supervisors = Supervisors()
+        self._resisted: set[str] = set()
 
     @classmethod
     def for_host(cls, host: Host) -> "GvisorBoundary":
@@ -108,6 +111,7 @@ class GvisorBoundary:
     def open(self, spec: BoundarySpec, ref: BoundaryRef, *, cancelled: Cancellation) -> Iterator[Sandbox]:
         self._accept(spec, ref)
         place = self._places.place(ref.name)
+        reach(Failpoint.OPEN_BEFORE_CREATE)
         try:
             place.make(ref)
         except OSError as error:  # above all: the name is taken, and what has it is not ours to undo
@@ -115,6 +119,7 @@ class GvisorBoundary:
         with ExitStack() as stack:
             try:
                 sandbox, supervised = self._make(spec, ref, place, cancelled, stack)
+                reach(Failpoint.OPEN_CREATED)
             except BaseException as error:
                 stack.close()
                 with suppress(NotYetDestroyed):  # the reaper has the reference
@@ -142,12 +147,23 @@ class GvisorBoundary:
                 yield self._places.unlabelled(name)
 
     def destroy(self, ref: BoundaryRef) -> None:
+        """Waits a few seconds in all for the kernel to let go; hardly at all for what has resisted before, since the
+        reaper comes back to it."""
+        deadline = time.monotonic() + (_CLEAR_AGAIN_S if ref.name in self._resisted else _CLEAR_S)
+        try:
+            self._destroy(ref, deadline=deadline)
+        except NotYetDestroyed:
+            self._resisted.add(ref.name)
+            raise
+        self._resisted.discard(ref.name)
+
+    def _destroy(self, ref: BoundaryRef, *, deadline: float) -> None:
         place = self._places.place(ref.name)
         group = self._cgroups.group(self._places.group_name(ref.name))
-        _end(group)
+        _end(group, deadline=deadline)
         try:
-            self._unmount(place)
-            _insist(lambda: _end_and_remove(group))
+            self._unmount(place, deadline=deadline)
+            _insist(lambda: _end_and_remove(group, deadline=deadline), deadline=deadline)
             place.remove()
         except OSError as error:
             raise NotYetDestroyed(f"{ref.name}: {error}") from error
@@ -184,6 +200,7 @@ class GvisorBoundary:
         config = render_config(spec, root, init=self._host.init, work=place.fs / "work", tmp=place.fs / "tmp")
         (place.bundle / "config.json").write_text(json.dumps(config))
         runsc_root_fd = self._open_directory(stack, place.runsc)
+        reach(Failpoint.OPEN_HALF_CREATED)
         supervised.launch(
             {
                 "argv": render_argv(self._host.runsc, directfs=self._host.directfs),
@@ -213,28 +230,27 @@ class GvisorBoundary:
         stack.callback(os.close, fd)
         return fd
 
-    def _unmount(self, place: Place) -> None:
+    def _unmount(self, place: Place, *, deadline: float) -> None:
         """As often as something is mounted there. Raises OSError."""
         while place.fs in set(mount_points()):
-            _insist(lambda: unmount(place.fs))
+            _insist(lambda: unmount(place.fs), deadline=deadline)
 
 
-def _end(group: Group) -> None:
-    """Raises NotYetDestroyed."""
-    left = group.kill(timeout_s=_CLEAR_S)
+def _end(group: Group, *, deadline: float) -> None:
+    """`deadline` is monotonic. Raises NotYetDestroyed."""
+    left = group.kill(timeout_s=max(deadline - time.monotonic(), 0.0))
     if left:
         raise NotYetDestroyed(f"processes do not end: {sorted(left)}")
 
 
-def _end_and_remove(group: Group) -> None:
+def _end_and_remove(group: Group, *, deadline: float) -> None:
     """Together: a worker that dies just now may have started something meanwhile. Raises NotYetDestroyed, OSError."""
-    _end(group)
+    _end(group, deadline=deadline)
     group.remove()
 
 
-def _insist(act: Callable[[], None]) -> None:
+def _insist(act: Callable[[], None], *, deadline: float) -> None:
     """The kernel lets go of what a killed process held a moment after it is gone. Raises OSError (EBUSY)."""
-    deadline = time.monotonic() + _CLEAR_S
     while True:
         try:
             act()

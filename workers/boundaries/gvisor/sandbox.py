@@ -15,6 +15,7 @@ from service.core.boundary import (
     Ended,
     Evidence,
     Execution,
+    Listener,
     StepSpec,
     Usage,
 )
@@ -82,7 +83,7 @@ class GvisorSandbox:
         except (OSError, BundleRejected) as error:
             raise ProvisionFailed(f"the bundle cannot be unpacked: {error}") from error
 
-    def execute(self, step: StepSpec) -> Execution:
+    def execute(self, step: StepSpec, *, listener: Listener | None = None) -> Execution:
         """Raises BoundaryError after `collect`."""
         if self._collected:
             raise BoundaryError("nothing runs after collect")
@@ -95,7 +96,7 @@ class GvisorSandbox:
             wall_s = self._spec.limits.wall.total_seconds()
             self._guest.wall_ends_at = self._first_step_at + wall_s + _WALL_GRACE_S
         try:
-            return play(self._guest, step)
+            return play(self._guest, step, listener=listener)
         finally:
             self._last_step_at = time.monotonic()
 

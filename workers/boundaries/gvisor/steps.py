@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
-from service.core.boundary import Cancellation, Ended, Execution, Limit, StepSpec
+from service.core.boundary import Cancellation, Ended, Execution, Limit, Listener, StepSpec
 from workers.boundaries.gvisor.capture import HeadAndTail
 from workers.boundaries.gvisor.cgroups import Group
 from workers.boundaries.gvisor.control import (
@@ -40,6 +42,7 @@ _KILL_S = 1.0
 _KILL_NEWS_S = 0.05
 _DEATH_S = 5.0
 _KILL_UID = (str(INIT_AT), "kill")
+_STREAMS: tuple[Literal["stdout", "stderr"], ...] = ("stdout", "stderr")
 OUTPUT_FACTOR = 64
 """A run that prints more than so many times its `output` in all is ended."""
 _DEAD_CONTAINER = ("not started", "has stopped", "does not exist")
@@ -127,17 +130,17 @@ class Guest:
         return Ended.LOST, frozenset(), f"the sandbox ended{said}"
 
 
-def play(guest: Guest, step: StepSpec) -> Execution:
+def play(guest: Guest, step: StepSpec, *, listener: Listener | None = None) -> Execution:
     """Run the step to its end, and see to it that it has ended."""
     with ExitStack() as stack:
-        return _Play(guest, step, stack).run()
+        return _Play(guest, step, stack, listener).run()
 
 
 class _Play:
     """One step being played."""
 
-    def __init__(self, guest: Guest, step: StepSpec, stack: ExitStack) -> None:
-        self._guest, self._step, self._stack = guest, step, stack
+    def __init__(self, guest: Guest, step: StepSpec, stack: ExitStack, listener: Listener | None) -> None:
+        self._guest, self._step, self._stack, self._listener = guest, step, stack, listener
         self._selector = stack.enter_context(selectors.DefaultSelector())
         self._outputs: dict[int, HeadAndTail] = {}
         self._stdin_left = memoryview(step.stdin)
@@ -182,12 +185,13 @@ class _Play:
         guest_ends: list[int] = []
         try:
             guest_ends.append(self._open_stdin())
-            for _ in range(2):
+            for name in _STREAMS:
                 read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
                 guest_ends.append(write_fd)
                 os.set_blocking(read_fd, False)
                 self._stack.callback(os.close, read_fd)
-                self._outputs[read_fd] = HeadAndTail(self._guest.output_limit)
+                tell = partial(self._listener, name) if self._listener is not None else None
+                self._outputs[read_fd] = HeadAndTail(self._guest.output_limit, tell=tell)
                 self._selector.register(read_fd, selectors.EVENT_READ, self._read)
             self._waiting = self._stack.enter_context(Connection(self._guest.runsc_root_fd))
             fds = (guest_ends[0], guest_ends[1], guest_ends[2])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from service.cli.packing import CannotPack, pack_directory
+from service.client import CannotPack
+from service.client.packing import pack_directory
 
 
 def test_the_same_files_make_the_same_bytes_whatever_their_times_and_order(tmp_path: Path) -> None:

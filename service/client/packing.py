@@ -12,11 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from service.client.errors import CannotPack
+
 LEFT_OUT = frozenset({".git"})
-
-
-class CannotPack(Exception):
-    """The directory is not one that can be uploaded; the message names the place and what to do."""
 
 
 def pack_directory(directory: Path, target: BinaryIO) -> int:
