@@ -56,7 +56,7 @@ def application(ready: Mapping[str, Any], *, port: int, state: Path) -> Iterator
 def show(links: Mapping[str, str], *, say: Callable[[str], None]) -> list[str]:
     """Each customer tries something and reads its page. -> what was not as expected."""
     failures: list[str] = []
-    with httpx.Client(trust_env=False, timeout=30) as browser:
+    with httpx.Client(trust_env=False, timeout=30, follow_redirects=True) as browser:
         for name, sample in CHOSEN.items():
             browser.post(f"{links[name]}/runs", data={"sample": sample}).raise_for_status()
         pages = {name: _settled(browser, link) for name, link in links.items()}

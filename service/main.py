@@ -21,7 +21,9 @@ from service import logs, metrics
 from service.adapters import failpoints
 from service.adapters.blobs import FileBlobs
 from service.adapters.celery_queue import CeleryDoorbell
+from service.adapters.http_hooks import resolve
 from service.adapters.redis_bus import RedisBus, RedisHints
+from service.adapters.sealing import box_of
 from service.adapters.sql.migrate import upgrade
 from service.adapters.sql_store import SqlStore
 from service.api.app import build
@@ -29,6 +31,7 @@ from service.api.context import Bounds, Deps
 from service.api.metrics import ApiMetrics
 from service.core.canary import ailing
 from service.core.errors import BlastdoorError, Unavailable
+from service.core.webhooks.urls import read_pairs
 from service.intake.policy import read_policy
 from service.settings import Settings
 
@@ -67,6 +70,13 @@ def deps_of(settings: Settings, *, registry: CollectorRegistry | None = None) ->
         blobs=FileBlobs(settings.state_dir),
         hints=RedisHints(settings.broker_url),
         doorbell=CeleryDoorbell(settings.broker_url),
+        webhooks=store,
+        custody=store,
+        leftovers=store,
+        retention=store,
+        resolver=resolve,
+        secret_box=box_of(settings.secrets_key.get_secret_value()),
+        webhook_allow=read_pairs(settings.webhook_allow),
         policy=read_policy(settings.policy_file),
         checks={
             "database": store.now,
@@ -79,6 +89,7 @@ def deps_of(settings: Settings, *, registry: CollectorRegistry | None = None) ->
             upload_deadline_s=settings.upload_deadline_s,
             uploads_at_once=settings.uploads_at_once,
             worker_fresh=worker_fresh,
+            site_silent=timedelta(seconds=settings.site_silent_s),
         ),
         version=metrics.installed_version(),
         metrics=ApiMetrics(registry),

@@ -14,6 +14,7 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.core.failpoints import parse
+from service.core.webhooks.urls import read_pairs
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -80,6 +81,19 @@ class Settings(BaseSettings):
         3600.0, description="bytes that no run uses are deleted after that time; longer than any run or upload lasts"
     )
 
+    # Webhooks
+    secrets_key: SecretStr = Field(
+        SecretStr(""),
+        description="Fernet keys for webhook secrets, comma separated, the first encrypts; empty: no webhooks",
+    )
+    webhook_allow: str = Field(
+        "",
+        description="HOST:PORT,... that webhooks may go to whatever they are, http too; for development; empty: none",
+    )
+    keep_deliveries_s: Seconds = Field(
+        7 * 86400.0, description="a webhook's delivery and its log are deleted that long after its end"
+    )
+
     metrics_address: str = Field(
         "", description="HOST:PORT of Prometheus' /metrics, best on loopback; each process its own port; empty: off"
     )
@@ -98,6 +112,12 @@ class Settings(BaseSettings):
     def _only_in_tests(cls, value: str, info: ValidationInfo) -> str:
         if parse(value) and info.data.get("environment") != "test":
             raise ValueError("failpoints exist only where environment=test")
+        return value
+
+    @field_validator("webhook_allow")
+    @classmethod
+    def _are_pairs(cls, value: str) -> str:
+        read_pairs(value)
         return value
 
     @field_validator("metrics_address")

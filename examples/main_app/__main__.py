@@ -4,6 +4,7 @@ BLASTDOOR_SERVICE_KEY. Prints each customer's link."""
 import argparse
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -40,7 +41,8 @@ def main() -> None:
     told.state.mkdir(parents=True, exist_ok=True)
     settings = Settings(told.url, key, told.redis, f"http://127.0.0.1:{told.port}", told.state)
     config = uvicorn.Config(create(settings), host="127.0.0.1", port=told.port, log_level="warning")
-    _Server(config, settings).run()
+    with suppress(KeyboardInterrupt):  # uvicorn raises it once more when it has ended politely
+        _Server(config, settings).run()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """/v1/admin: operators see every tenant; every route takes an operator's key and no other."""
 
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
 
-from service.api.answers import RunAnswer, run_answer
+from service.api.acting import acting, purged
 from service.api.auth import AnOperator
 from service.api.context import InContext
 from service.api.documentation import problems
@@ -16,11 +17,9 @@ from service.api.schemas import (
     ServiceCreated,
     TenantCreated,
     TenantPage,
-    WorkerPage,
 )
-from service.core.run import Run
 from service.core.tenancy import Tenant
-from service.usecases import cancel, tenants
+from service.usecases import tenants
 
 router = APIRouter(prefix="/v1/admin", tags=["operators"])
 ByName = Annotated[str, Path(description="the tenant's name")]
@@ -34,7 +33,9 @@ _KEY = ("unauthenticated", "forbidden")
 async def create_tenant(context: InContext, operator: AnOperator, body: CreateTenant) -> TenantCreated:
     """The first key is shown once."""
     tenant = body.tenant(service_id=None)
-    created, minted = await context.store(tenants.create_tenant, context.deps.tenants, tenant=tenant)
+    create = partial(tenants.create_tenant, context.deps.tenants, tenant=tenant)
+    detail = tenant.model_dump(mode="json")
+    created, minted = await acting(context, operator, "tenant.create", tenant.name, create, detail=detail)
     return TenantCreated(tenant=created, key=minted.key, key_id=minted.id)
 
 
@@ -57,9 +58,9 @@ async def get_tenant(context: InContext, operator: AnOperator, name: ByName) -> 
 )  # fmt: skip
 async def change_tenant(context: InContext, operator: AnOperator, name: ByName, body: ChangeTenant) -> Tenant:
     """Runs that are already placed keep the wall that was chosen for them."""
-    return await context.store(
-        tenants.change_tenant, context.deps.tenants, name=name, service_id=None, changes=body.changes
-    )
+    change = partial(tenants.change_tenant, context.deps.tenants, name=name, service_id=None, changes=body.changes)
+    detail = body.model_dump(mode="json", exclude_unset=True)
+    return await acting(context, operator, "tenant.change", name, change, detail=detail)
 
 
 @router.delete(
@@ -67,8 +68,11 @@ async def change_tenant(context: InContext, operator: AnOperator, name: ByName, 
     responses=problems(*_KEY, "not_found"), response_class=Response,
 )  # fmt: skip
 async def delete_tenant(context: InContext, operator: AnOperator, name: ByName) -> None:
-    """Its keys are revoked and its runs cancelled at once; the name stays taken."""
-    await context.store(tenants.delete_tenant, context.deps.tenants, name=name, service_id=None)
+    """Its keys are revoked and its runs cancelled at once; all else that it had goes as soon as they have ended. The
+    name stays taken."""
+    delete = partial(tenants.delete_tenant, context.deps.tenants, name=name, service_id=None)
+    await acting(context, operator, "tenant.delete", name, delete)
+    await purged(context, name)
 
 
 @router.post(
@@ -76,7 +80,8 @@ async def delete_tenant(context: InContext, operator: AnOperator, name: ByName) 
     responses=problems(*_KEY, "not_found"),
 )  # fmt: skip
 async def add_key(context: InContext, operator: AnOperator, name: ByName) -> KeyCreated:
-    minted = await context.store(tenants.add_tenant_key, context.deps.tenants, name=name, service_id=None)
+    add = partial(tenants.add_tenant_key, context.deps.tenants, name=name, service_id=None)
+    minted = await acting(context, operator, "key.create", name, add, result=lambda made: f"done: {made.id}")
     return KeyCreated(id=minted.id, key=minted.key)
 
 
@@ -85,7 +90,8 @@ async def add_key(context: InContext, operator: AnOperator, name: ByName) -> Key
     summary="Revoke a tenant's key", responses=problems(*_KEY, "not_found"), response_class=Response,
 )  # fmt: skip
 async def revoke_key(context: InContext, operator: AnOperator, name: ByName, key_id: str) -> None:
-    await context.store(tenants.revoke_tenant_key, context.deps.tenants, name=name, key_id=key_id, service_id=None)
+    revoke = partial(tenants.revoke_tenant_key, context.deps.tenants, name=name, key_id=key_id, service_id=None)
+    await acting(context, operator, "key.revoke", name, revoke, detail={"key": key_id})
 
 
 @router.post(
@@ -94,23 +100,6 @@ async def revoke_key(context: InContext, operator: AnOperator, name: ByName, key
 )  # fmt: skip
 async def create_service(context: InContext, operator: AnOperator, body: CreateService) -> ServiceCreated:
     """A main application: its key creates tenants and acts for them. The key is shown once."""
-    service, minted = await context.store(tenants.create_service, context.deps.tenants, name=body.name)
+    create = partial(tenants.create_service, context.deps.tenants, name=body.name)
+    service, minted = await acting(context, operator, "service.create", body.name, create)
     return ServiceCreated(id=service.id, name=service.name, key=minted.key, key_id=minted.id)
-
-
-@router.get("/workers", operation_id="adminListWorkers", summary="List live workers", responses=problems(*_KEY))
-async def list_workers(context: InContext, operator: AnOperator) -> WorkerPage:
-    """With what each can enforce, as its probe last measured it."""
-    live = await context.store(context.deps.workers.live_workers, fresh=context.deps.bounds.worker_fresh)
-    return WorkerPage(items=list(live))
-
-
-@router.post(
-    "/runs/{run_id}/kill", status_code=202, operation_id="adminKillRun", summary="Cancel any tenant's run",
-    responses=problems(*_KEY, "not_found"), response_model=Run,
-)  # fmt: skip
-async def kill_run(context: InContext, operator: AnOperator, run_id: str) -> RunAnswer:
-    """From any phase; a finished run is left as it is."""
-    deps = context.deps
-    run = await context.store(cancel.cancel_run, deps.runs, hints=deps.hints, run_id=run_id, tenant=None, by="operator")
-    return run_answer(run, status=202)

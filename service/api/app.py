@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from service.api import admin, capabilities, downloads, errors, following, health, runs, tenants
+from service.api import admin, capabilities, downloads, errors, following, health, operations, runs, tenants, webhooks
 from service.api.context import Context, Deps
 from service.api.frame import Frame
 
@@ -32,6 +32,6 @@ def build(deps: Deps) -> FastAPI:
     app.state.context = context
     errors.install(app)
     app.add_middleware(Frame, bounds=deps.bounds, metrics=deps.metrics)
-    for part in (runs, following, downloads, capabilities, tenants, admin, health):
+    for part in (runs, following, downloads, capabilities, tenants, webhooks, admin, operations, health):
         app.include_router(part.router)
     return app

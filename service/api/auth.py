@@ -10,9 +10,10 @@ from typing import Annotated
 from fastapi import Depends, Header, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from service.api.context import InContext
+from service.api.context import Context, InContext
 from service.core.errors import DocumentInvalid, Forbidden, NotFound, Unauthenticated
 from service.core.tenancy import KeyKind, Principal
+from service.core.webhooks.models import Owner
 from service.usecases.keys import authenticate
 from service.usecases.tenants import get_tenant
 
@@ -60,19 +61,37 @@ async def _caller(
         ),
     ] = None,
 ) -> Caller:
+    return await caller_of(context, principal, blastdoor_tenant)
+
+
+async def caller_of(context: Context, principal: Principal, asked: str | None) -> Caller:
+    """`asked`: the tenant that the header names. Raises Forbidden, NotFound, DocumentInvalid."""
     _of_kind(principal, KeyKind.TENANT, KeyKind.SERVICE)
     if principal.kind is KeyKind.TENANT:
         assert principal.tenant is not None
-        if blastdoor_tenant not in (None, principal.tenant):
+        if asked not in (None, principal.tenant):
             raise NotFound
         return Caller(principal=principal, tenant=principal.tenant)
     assert principal.service_id is not None
-    if blastdoor_tenant is None:
+    if asked is None:
         row = {"path": "header.Blastdoor-Tenant", "message": "a service key says here whom it acts for"}
         raise DocumentInvalid("request", [row])
-    name, service_id = blastdoor_tenant, principal.service_id
-    tenant = await context.store(get_tenant, context.deps.tenants, name=name, service_id=service_id)
+    tenant = await context.store(get_tenant, context.deps.tenants, name=asked, service_id=principal.service_id)
     return Caller(principal=principal, tenant=tenant.name)
+
+
+async def _owner(
+    context: InContext,
+    principal: Annotated[Principal, Depends(_principal)],
+    blastdoor_tenant: Annotated[
+        str | None,
+        Header(alias="Blastdoor-Tenant", description="whom a service key acts for; absent: for the service itself"),
+    ] = None,
+) -> Owner:
+    """Whose webhooks a request is about: a tenant's, or with a service key and no tenant the service's own."""
+    if principal.kind is KeyKind.SERVICE and blastdoor_tenant is None:
+        return Owner(service_id=principal.service_id)
+    return Owner(tenant=(await caller_of(context, principal, blastdoor_tenant)).tenant)
 
 
 def _of_kind(principal: Principal, *kinds: KeyKind) -> Principal:
@@ -83,4 +102,5 @@ def _of_kind(principal: Principal, *kinds: KeyKind) -> Principal:
 
 AnOperator = Annotated[Principal, Depends(_operator)]
 AService = Annotated[Principal, Depends(_service)]
+AnOwner = Annotated[Owner, Depends(_owner)]
 ACaller = Annotated[Caller, Depends(_caller)]

@@ -1,6 +1,6 @@
 """What the routers work with: ports and values from the composition root, and the bounded threads that call them."""
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,8 +15,12 @@ from service.api.metrics import ApiMetrics
 from service.api.notifier import Notifier
 from service.api.readiness import Readiness
 from service.api.slots import UploadSlots
+from service.core.custody import Custody, Leftovers
 from service.core.placement import Policy
-from service.core.ports import Blobs, Doorbell, Hints, NewsStore, TenantStore, WorkerStore
+from service.core.ports import Blobs, Doorbell, Hints, NewsStore, Retention, TenantStore, WorkerStore
+from service.core.webhooks.addresses import Address
+from service.core.webhooks.ports import Resolver, SecretBox, WebhookStore
+from service.core.webhooks.urls import Pairs
 from service.intake.archive import ArchiveCaps
 from service.usecases.bundles import Bundles
 from service.usecases.submit import Submitting
@@ -38,7 +42,13 @@ class Bounds:
     store_threads: int = 12
     judging_threads: int = 4
     following_threads: int = 4
+    resolving_threads: int = 8
+    resolving_deadline_s: float = 5.0
     worker_fresh: timedelta = timedelta(seconds=90)
+    site_silent: timedelta = timedelta(minutes=5)
+    look_deadline_s: float = 2.0
+    cleanup_wait_s: float = 30.0
+    deletion_wait_s: float = 5.0
 
     @property
     def idempotency_stale_after(self) -> timedelta:
@@ -56,6 +66,13 @@ class Deps:
     blobs: Blobs
     hints: Hints
     doorbell: Doorbell
+    webhooks: WebhookStore
+    resolver: Resolver
+    custody: Custody
+    leftovers: Leftovers
+    retention: Retention
+    secret_box: SecretBox | None = None
+    webhook_allow: Pairs = frozenset()
     policy: Policy = field(default_factory=Policy)
     checks: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     bounds: Bounds = Bounds()
@@ -80,6 +97,7 @@ class Context:
         self.slots = UploadSlots(deps.bounds.uploads_at_once)
         self._store = anyio.CapacityLimiter(deps.bounds.store_threads)
         self._following = anyio.CapacityLimiter(deps.bounds.following_threads)
+        self._resolving = anyio.CapacityLimiter(deps.bounds.resolving_threads)
         self._judging = anyio.CapacityLimiter(deps.bounds.judging_threads)
         deps.metrics.watch(uploads=lambda: self.slots.held, waiters=lambda: self.notifier.waiters)
 
@@ -94,6 +112,16 @@ class Context:
     async def judge(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call what may take seconds of CPU."""
         return await anyio.to_thread.run_sync(partial(function, *args, **kwargs), limiter=self._judging)
+
+    async def resolve(self, host: str, port: int) -> Sequence[Address] | None:
+        """What the name leads to now, on threads of its own; None when nobody says so in time. A thread that still
+        asks is left behind, and counted until it ends."""
+        ask = partial(self.deps.resolver, host, port)
+        try:
+            with anyio.fail_after(self.deps.bounds.resolving_deadline_s):
+                return await anyio.to_thread.run_sync(ask, limiter=self._resolving, abandon_on_cancel=True)
+        except (OSError, UnicodeError):  # TimeoutError is an OSError
+            return None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

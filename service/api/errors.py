@@ -53,12 +53,16 @@ TABLE: Mapping[str, Kind] = {
     "unavailable": Kind(503, "Not available now"),
     "not_found": Kind(404, "Not found"),
     "method_not_allowed": Kind(405, "This method is not allowed here"),
+    "site_alive": Kind(409, "The site has answered lately"),
+    "plan_not_forced": Kind(409, "The plan was made without force"),
     "not_finished": Kind(409, "The run is not finished"),
     "tenant_exists": Kind(409, "The tenant's name is taken"),
     "service_exists": Kind(409, "The service's name is taken"),
+    "webhook_disabled": Kind(409, "The webhook is disabled"),
     "conflict": Kind(409, "In conflict with what exists"),
     "unauthenticated": Kind(401, "A valid key is required", {"WWW-Authenticate": 'Bearer realm="blastdoor"'}),
     "forbidden": Kind(403, "This key may not do that"),
+    "not_configured": Kind(501, "The operator has not set up what this needs"),
     "internal": Kind(500, "Something went wrong on our side"),
 }
 _BY_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 401: "unauthenticated", 403: "forbidden"}

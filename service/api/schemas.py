@@ -1,13 +1,15 @@
 """What travels in bodies, where it is not a core object as it stands."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
 from service.core.boundary import Guarantees
-from service.core.ports import WorkerRecord
+from service.core.events import EventType
 from service.core.run import Run
 from service.core.tenancy import Ceilings, NodeGroup, Quota, Tenant, TenantName, Trust
+from service.core.webhooks.models import Attempt, DeadLetter, Endpoint
+from service.core.webhooks.urls import MAX_URL
 
 
 class _Body(BaseModel):
@@ -51,6 +53,17 @@ class CreateService(_Body):
     name: TenantName
 
 
+class CreateWebhook(_Body):
+    """`types`: those of events that are sent; `*` is all of them."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"url": "https://shop.example/hooks", "types": ["*"]}]}
+    )
+
+    url: Annotated[str, Field(min_length=1, max_length=MAX_URL, description="https, port 443 or 8443, a public host")]
+    types: Annotated[list[Literal["*"] | EventType], Field(min_length=1, max_length=20)] = ["*"]
+
+
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
@@ -81,8 +94,32 @@ class ServiceCreated(KeyCreated):
     key_id: str
 
 
-class WorkerPage(BaseModel):
-    items: list[WorkerRecord]
+class WebhookCreated(Endpoint):
+    secret: Annotated[StrictStr, Field(description="`whsec_...`; what deliveries are signed with; shown once")]
+
+
+class WebhookPage(BaseModel):
+    items: list[Endpoint]
+
+
+class DeliveryPage(BaseModel):
+    """Attempts, newest first. `pending`: deliveries that still wait, counted to 1000."""
+
+    items: list[Attempt]
+    next_cursor: str | None = Field(description="give it back as `cursor`; null on the last page")
+    pending: int
+
+
+class DeadLettersShown(BaseModel):
+    items: list[DeadLetter]
+    next_cursor: str | None = Field(description="give it back as `cursor`; null on the last page")
+
+
+class Replayed(BaseModel):
+    """A delivery that is being sent again, and whose it is."""
+
+    id: str
+    webhook_id: str
 
 
 class OfferedBoundary(BaseModel):

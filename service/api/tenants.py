@@ -1,9 +1,11 @@
 """/v1/tenants: a service's own tenants. What another service created does not exist here."""
 
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
 
+from service.api.acting import acting, purged
 from service.api.auth import AService
 from service.api.context import InContext
 from service.api.documentation import problems
@@ -56,8 +58,11 @@ async def change_tenant(context: InContext, service: AService, name: ByName, bod
     responses=problems(*_KEY, "not_found"), response_class=Response,
 )  # fmt: skip
 async def delete_tenant(context: InContext, service: AService, name: ByName) -> None:
-    """Its keys are revoked and its runs cancelled at once; the name stays taken."""
-    await context.store(tenants.delete_tenant, context.deps.tenants, name=name, service_id=service.service_id)
+    """Its keys are revoked and its runs cancelled at once; all else that it had goes as soon as they have ended. The
+    name stays taken."""
+    delete = partial(tenants.delete_tenant, context.deps.tenants, name=name, service_id=service.service_id)
+    await acting(context, service, "tenant.delete", name, delete)
+    await purged(context, name)
 
 
 @router.post(

@@ -202,6 +202,8 @@ def print_deliveries(page: Mapping[str, Any]) -> None:
     for row in page["items"]:
         print_fields(console, _attempt(row))
         console.print()
+    if page.get("pending"):
+        print_line(console, f"{page['pending']} wait to be delivered")
     if page.get("next_cursor"):
         print_line(console, "there are more: --cursor ", quoted(page["next_cursor"]))
 
@@ -210,7 +212,11 @@ def _attempt(row: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     """Ids are too long for a table of many columns: a block each."""
     for name in ("id", "webhook_id", "event_id", "type", "tenant", "url"):
         yield name.replace("_", " ").removesuffix(" id") if name != "id" else "delivery", row.get(name)
-    yield "attempt", f"{row['attempt']} at {row['at']}" if row.get("at") else row.get("attempt")
+    at = f" at {row['at']}" if row.get("at") else ""
+    if row.get("attempts") is not None:  # of one that was given up
+        yield "attempts", f"{row['attempts']}, given up{at}"
+    else:
+        yield "attempt", f"{row.get('attempt')}{at}"
     yield "status", row.get("status")
     yield "error", row.get("error")
     yield "next", row.get("next_at")
@@ -232,7 +238,9 @@ def _fields(webhook: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     yield "webhook", webhook["id"]
     yield "url", webhook["url"]
     yield "types", ", ".join(map(str, webhook["types"]))
-    yield "enabled", "yes" if webhook["enabled"] else "no"
+    why = f": {webhook['disabled_reason']}" if webhook.get("disabled_reason") else ""
+    yield "enabled", "yes" if webhook["enabled"] else f"no{why}"
+    yield "old secret", f"signs until {webhook['old_secret_until']}" if webhook.get("old_secret_until") else None
 
 
 def _print_secret(secret: object) -> None:

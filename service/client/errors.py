@@ -73,7 +73,7 @@ class CannotPack(ClientError):
 
 
 class CannotSave(ClientError):
-    """The message names the file; what was saved before it stays."""
+    """The message names the file, which is not kept; those before it are."""
 
 
 class WebhookInvalid(ClientError):

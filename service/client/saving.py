@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from service.client.errors import CannotSave
+from service.client.errors import CannotSave, ClientError
 from service.intake.beneath import Beneath
 
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
@@ -26,7 +26,7 @@ Open = Callable[[str], AbstractContextManager[Iterator[bytes]]]
 
 
 def save_artifacts(open_: Open, artifacts: Sequence[Mapping[str, Any]], directory: Path) -> list[str]:
-    """-> the paths that were saved. Raises CannotSave, OSError; what was saved before that stays."""
+    """-> the paths that were saved. Raises ClientError, OSError; what was saved whole before that stays."""
     paths = [str(artifact["path"]) for artifact in artifacts]
     for path in paths:
         _insist_on_harmless(path)
@@ -37,7 +37,7 @@ def save_artifacts(open_: Open, artifacts: Sequence[Mapping[str, Any]], director
             for path, artifact in zip(paths, artifacts, strict=True):
                 with open_(path) as pieces:
                     bytes_ = checked(pieces, path, sha256=str(artifact["sha256"]), size=int(artifact["bytes"]))
-                    _save(beneath, path, bytes_)
+                    _save(beneath, path, bytes_, directory)
     finally:
         os.close(root)
     return paths
@@ -62,9 +62,13 @@ def checked(
         raise wrong
 
 
-def _save(beneath: Beneath, path: str, pieces: Iterable[bytes]) -> None:
+def _save(beneath: Beneath, path: str, pieces: Iterable[bytes], directory: Path) -> None:
+    """A file that did not come whole, or is not the one of the record, does not stay."""
     try:
         beneath.make_file(path, pieces, executable=False)
+    except ClientError:
+        (directory / path).unlink()  # through directories of our making, to a file of our making
+        raise
     except OSError as error:
         raise CannotSave(f"{path!r}: {error.strerror or error}") from error
 

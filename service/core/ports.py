@@ -245,6 +245,11 @@ class Retention(Protocol):
         run of its tenant uses. A run that is not there, or not finished, has none."""
         ...
 
+    def purge_deliveries(self, *, older_than: timedelta, limit: int, dry_run: bool) -> int:
+        """Forget up to `limit` webhook deliveries that ended so long ago, with their log. -> how many; in a dry run,
+        how many there are."""
+        ...
+
     def purge_idempotency(self, *, dry_run: bool) -> int:
         """Forget the keys that are free again by their age (24 h). -> how many."""
         ...

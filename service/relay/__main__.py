@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from types import FrameType
@@ -22,6 +23,7 @@ from service.relay.relay import Relay, run
 from service.settings import Settings
 from service.usecases.bundles import Bundles
 from service.usecases.canary import enrol, send
+from service.usecases.leftovers import finish_deletions, sweep_blobs
 from service.usecases.retention import Purged, purge
 from service.usecases.submit import Submitting
 
@@ -51,18 +53,29 @@ def main() -> None:
     registry.register(StandingCollector(store, store, worker_fresh=timedelta(seconds=settings.worker_fresh_s)))
     metrics.serve_if_asked(registry, settings.metrics_address)
 
+    def blobs() -> FileBlobs:
+        """Made when it is due: a relay that has no such directory relays all the same."""
+        return FileBlobs(settings.state_dir)
+
     def retention() -> Purged:
-        return purge(
+        purged = purge(
             store,
-            FileBlobs(
-                settings.state_dir
-            ),  # made when it is due: a relay that has no such directory relays all the same
+            blobs(),
             older_than=timedelta(seconds=settings.keep_runs_s),
             blobs_older_than=timedelta(seconds=settings.keep_blobs_s),
+            deliveries_older_than=timedelta(seconds=settings.keep_deliveries_s),
         )
+        events = store.purge_events(older_than=timedelta(seconds=settings.keep_runs_s), dry_run=False)
+        orphans = sweep_blobs(store, blobs(), older_than=timedelta(seconds=settings.keep_orphan_blobs_s))
+        return replace(purged, events=events, blobs=purged.blobs + orphans)
 
     keep_canaries(_canaries(settings, store, leading=lambda: relay.leading), stopping=lambda: stopped)
-    keep_house(Housekeeping(retention, leading=lambda: relay.leading), stopping=lambda: stopped)
+    house = Housekeeping(
+        retention,
+        leading=lambda: relay.leading,
+        often=lambda: finish_deletions(store, blobs()) if store.deleted_tenants() else 0,
+    )
+    keep_house(house, stopping=lambda: stopped)
     run(relay, RedisHints(settings.broker_url), stopping=lambda: stopped)
 
 

@@ -21,6 +21,8 @@ from service.core.ports import Blobs, Expired, Retention
 
 KEEP_RUNS = timedelta(days=30)
 KEEP_BLOBS = timedelta(days=7)
+KEEP_DELIVERIES = timedelta(days=7)
+"""Of webhooks, counted from their end."""
 FRESH = timedelta(hours=1)
 """Longer than the longest run with its teardown, and than any upload."""
 _BATCH = 500
@@ -37,6 +39,9 @@ class Purged:
     runs_without_blobs: int = 0
     blobs: int = 0
     idempotency_keys: int = 0
+    deliveries: int = 0
+    events: int = 0
+    """`purge` leaves those to who has the outbox."""
 
 
 def purge(
@@ -45,6 +50,7 @@ def purge(
     *,
     older_than: timedelta = KEEP_RUNS,
     blobs_older_than: timedelta = KEEP_BLOBS,
+    deliveries_older_than: timedelta = KEEP_DELIVERIES,
     dry_run: bool = False,
     clock: Callable[[], float] = time.time,
 ) -> Purged:
@@ -69,8 +75,20 @@ def purge(
         without_blobs += 1
         if not dry_run:
             removed += _remove(blobs, run.tenant, store.give_up_blobs(run.run_id), clock=clock)
+    deliveries = _deliveries(store, older_than=deliveries_older_than, dry_run=dry_run)
     keys = store.purge_idempotency(dry_run=dry_run)
-    return Purged(runs=runs, runs_without_blobs=without_blobs, blobs=removed, idempotency_keys=keys)
+    return Purged(
+        runs=runs, runs_without_blobs=without_blobs, blobs=removed, idempotency_keys=keys, deliveries=deliveries
+    )
+
+
+def _deliveries(store: Retention, *, older_than: timedelta, dry_run: bool) -> int:
+    """A batch at a time, so that no transaction holds up who delivers."""
+    count = some = store.purge_deliveries(older_than=older_than, limit=_BATCH, dry_run=dry_run)
+    while some == _BATCH and not dry_run:
+        some = store.purge_deliveries(older_than=older_than, limit=_BATCH, dry_run=False)
+        count += some
+    return count
 
 
 def _all(store: Retention, *, older_than: timedelta, with_blobs: bool) -> Iterator[Expired]:

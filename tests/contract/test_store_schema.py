@@ -14,12 +14,14 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from service.adapters.sql.deliveries import DUE, DUE_OF_ONE, UNFANNED_EVENTS
+from service.adapters.sql.custody import PLAYING
 from service.adapters.sql.documents import POSITIONS
 from service.adapters.sql.engine import Database
 from service.adapters.sql.fairness import FAIREST, SOMETHING_TO_CLAIM
 from service.adapters.sql.keeping import EXPIRED, EXPIRED_WITH_BLOBS, STORED
 from service.adapters.sql.line import QUEUED, UNDESTROYED
 from service.adapters.sql.migrate import upgrade
+from service.adapters.sql.orders import ORDERS
 from service.adapters.sql.outbox import UNSTAMPED
 from service.adapters.sql.schema import metadata
 from service.adapters.sql.webhooks import ATTEMPTS, DEAD_LETTERS, OLD_DELIVERIES
@@ -177,8 +179,28 @@ def test_a_writer_elsewhere_is_waited_for_and_then_it_is_unavailable(
         (OLD_DELIVERIES, {"ix_webhook_delivery_settled"}),
         (EXPIRED, {"ix_run_finished_at"}),
         (EXPIRED_WITH_BLOBS, {"ix_run_keeps_blobs"}),
+        (ORDERS, {"ix_cleanup_action_ordered"}),
+        (PLAYING, {"ix_run_lease_until"}),
     ],
-    ids=["claim", "waiting", "leases", "undestroyed", "positions", "stamp", "stored", "fan-out", "due", "due of one", "attempts", "dead letters", "old deliveries", "expired", "with blobs"],
+    ids=[
+        "claim",
+        "waiting",
+        "leases",
+        "undestroyed",
+        "positions",
+        "stamp",
+        "stored",
+        "fan-out",
+        "due",
+        "due of one",
+        "attempts",
+        "dead letters",
+        "old deliveries",
+        "expired",
+        "with blobs",
+        "orders",
+        "playing",
+    ],
 )
 def test_sqlite_asks_the_small_indexes_and_not_every_run(
     sqlite_store: SqlStore, statement: sa.Select[Any], indexes: set[str]
@@ -190,4 +212,6 @@ def test_sqlite_asks_the_small_indexes_and_not_every_run(
     used = {index for line in plan for index in re.findall(r"INDEX (ix_\w+)", line)}
 
     assert used == indexes, plan
-    assert not [line for line in plan if re.fullmatch(r"SCAN (run|run_blob|outbox|mine|next_|own|soonest|webhook_\w+)", line)], plan
+    assert not [
+        line for line in plan if re.fullmatch(r"SCAN (run|run_blob|outbox|mine|next_|own|soonest|webhook_\w+)", line)
+    ], plan

@@ -129,15 +129,21 @@ class Program:
 
     def end(self, *, polite_s: float = 10.0) -> None:
         """SIGTERM, then SIGKILL to all of its session."""
-        for pid in self.pool():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-        self.send(signal.SIGCONT)
-        if polite_s:
-            self.send(signal.SIGTERM)
+        self.ask_to_end()
         deadline = time.monotonic() + polite_s
         while self.running and time.monotonic() < deadline:
             time.sleep(0.05)
+        self.kill()
+
+    def ask_to_end(self) -> None:
+        for pid in self.pool():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        self.send(signal.SIGTERM)
+        self.send(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """It, and whatever of its session is left."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         if self._fd is not None:
@@ -280,7 +286,9 @@ class Place:
 
     def end(self) -> None:
         for program in self.programs:
-            program.end()
+            program.ask_to_end()
+        for program in self.programs:
+            program.end(polite_s=5)
         self.redis.end()
         self.engine.dispose()
         self.store.close()

@@ -141,7 +141,7 @@ def _said(place: Place, cases: list[Case]) -> str:
     """Of those that are not through."""
     rows = {row["id"]: row for row in place.rows()}
     late = [case for case in cases if rows[case.run]["phase"] != "finished" or (case.stops and not case.woken)]
-    logs = "\n".join(f"--- {case.spec}\n{case.worker.said()[-2500:]}" for case in late[:5] if case.worker)
+    logs = "\n".join(f"--- {case.spec}\n{case.worker.said()[:4000]}" for case in late[:3] if case.worker)
     return f"{[(case.spec, case.woken, rows[case.run]) for case in late]}\n{logs}"
 
 

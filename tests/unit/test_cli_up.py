@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.fernet import Fernet
 
 from service.cli.up import command
-from service.cli.up.programs import Plan, processes, redis_server
+from service.cli.up.programs import SECRETS_KEY, Plan, processes, redis_server
 from service.cli.up.redis import RedisPlan, render_configuration
 from service.cli.up.state import CannotUse, StateDirectory, open_state, process_identity
 from service.settings import Settings
@@ -27,6 +28,7 @@ def state(tmp_path: Path) -> Iterator[StateDirectory]:
 def plan(state: StateDirectory) -> Plan:
     redis = RedisPlan(port=6390, directory=state.redis)
     environment = {"BLASTDOOR_REDIS_URL": redis.process_url, "BLASTDOOR_STATE_DIR": str(state.path)}
+    environment[SECRETS_KEY] = state.secrets_key()
     return Plan(state=state, redis=redis, settings=Settings(port=8701), environment=environment)
 
 
@@ -50,6 +52,15 @@ def test_a_directory_with_other_things_in_it_is_left_as_it_is(tmp_path: Path) ->
         open_state(tmp_path)
     assert os.listdir(tmp_path) == ["thesis.txt"]
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+
+
+def test_the_key_for_webhooks_is_made_once_and_only_its_owner_reads_it(state: StateDirectory, tmp_path: Path) -> None:
+    key = state.secrets_key()
+    assert stat.S_IMODE((state.path / "secrets.key").stat().st_mode) == 0o600
+    assert Fernet(key).decrypt(Fernet(state.secrets_key()).encrypt(b"x")) == b"x"
+    other = open_state(tmp_path / "other")
+    assert other.secrets_key() != key
+    other.close()
 
 
 def test_only_one_at_a_time_and_the_next_one_when_it_is_gone(tmp_path: Path) -> None:
@@ -106,7 +117,7 @@ def test_a_directory_s_name_cannot_smuggle_a_line_into_the_configuration(tmp_pat
 
 
 def test_no_program_has_a_secret_on_its_command_line_or_in_its_text(plan: Plan) -> None:
-    secrets = (plan.redis.process_password, plan.redis.operator_password)
+    secrets = (plan.redis.process_password, plan.redis.operator_password, plan.environment[SECRETS_KEY])
     for program in (redis_server(plan), *processes(plan)):
         assert not [secret for secret in secrets if secret in " ".join(program.argv) or secret in repr(program)]
     assert not [secret for secret in secrets if secret in repr(plan)]
@@ -118,7 +129,8 @@ def test_processes_get_what_was_decided_and_nothing_of_our_own_environment(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "theirs")
     monkeypatch.setenv("PYTHONPATH", "/tmp/evil")
     for program in processes(plan):
-        assert set(program.env) == {"PATH", "LANG", *plan.environment}
+        sealing = {SECRETS_KEY} if program.name in ("api", "webhooks") else set()
+        assert set(program.env) == {"PATH", "LANG", *plan.environment} - {SECRETS_KEY} | sealing
     assert set(redis_server(plan).env) == {"PATH", "LANG"}
 
 

@@ -103,6 +103,18 @@ def test_a_table_fits_eighty_columns_and_loses_nothing() -> None:
     assert "run_" + "0" * 32 in shown
 
 
+@pytest.mark.parametrize("width", [20, 40, 60])
+def test_where_a_table_does_not_fit_each_row_is_a_block_and_nothing_is_lost(width: int) -> None:
+    rows = [("run_" + str(n) * 32, outcome_text("limit_exceeded"), "15m", "a scenario") for n in range(2)]
+    columns = ("run", "outcome", "age", "scenario")
+    shown = _printed(lambda console: print_table(console, columns, rows, wide="scenario"), width=width)
+    assert max(map(_columns, shown.splitlines())) <= width
+    joined = "".join(shown.split())
+    for n in range(2):
+        assert joined.count("run_" + str(n) * 32) == 1
+    assert joined.count("limit_exceeded") == 2
+
+
 def test_unknown_fields_are_left_out() -> None:
     shown = _printed(lambda console: print_fields(console, [("name", "x"), ("reason", None), ("why", ""), ("n", 0)]))
     assert [line.split() for line in shown.splitlines()] == [["name", "x"], ["n", "0"]]
@@ -130,9 +142,9 @@ def test_seconds_and_bytes_are_written_for_people() -> None:
     ]
 
 
-def _printed(act) -> str:  # type: ignore[no-untyped-def]
+def _printed(act, *, width: int = 80) -> str:  # type: ignore[no-untyped-def]
     pipe = io.StringIO()
-    act(Console(file=pipe, width=80, markup=False, emoji=False, highlight=False, color_system=None))
+    act(Console(file=pipe, width=width, markup=False, emoji=False, highlight=False, color_system=None))
     return pipe.getvalue()
 
 

@@ -178,6 +178,11 @@ class MemoryWebhooks(MemoryState):
                 if stored is not None and stored.fence == one.fence and stored.state is State.PENDING:
                     stored.next_at = self.now()
 
+    def delivery_counts(self) -> tuple[int, int]:
+        with self._lock:
+            states = [d.state for d in self._deliveries.values()]
+        return states.count(State.PENDING), states.count(State.DEAD)
+
     def _settle(self, settled: Settlement) -> int:
         stored = self._deliveries.get(settled.delivery_id)
         if stored is None or stored.fence != settled.fence or stored.state is not State.PENDING:

@@ -14,6 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from service.adapters.sql.engine import db_now
 from service.adapters.sql.schema import (
+    IS_DEAD,
     IS_PENDING,
     UNFANNED,
     indexed_by,
@@ -176,6 +177,14 @@ class SqlDeliveries(SqlPart):
         with self._db.write() as connection:
             for one in sorted(claimed, key=lambda one: one.delivery_id):
                 connection.execute(back, {"b_id": one.delivery_id, "b_fence": one.fence})
+
+    def delivery_counts(self) -> tuple[int, int]:
+        with self._db.read() as connection:
+            pending, dead = (
+                connection.scalar(sa.select(sa.func.count()).select_from(_d).where(sa.text(which))) or 0
+                for which in (IS_PENDING, IS_DEAD)
+            )
+        return pending, dead
 
     def _settle(self, connection: sa.Connection, settled: Settlement) -> int:
         next_at = None if settled.wait is None else db_now() + settled.wait

@@ -20,6 +20,7 @@ from service.adapters.sql.schema import (
 )
 from service.adapters.sql.transitions import SqlPart
 from service.core.run import Phase
+from service.core.webhooks.schedule import State
 
 _AT_ONCE = 500
 _to_be_delivered = sa.select(webhook_delivery.c.event_id).where(sa.text(IS_PENDING))
@@ -69,7 +70,7 @@ class SqlLeftovers(SqlPart):
             for table in (idempotency, api_key, webhook_endpoint):
                 connection.execute(sa.delete(table).where(table.c.tenant == name))
             its = webhook_delivery.c.tenant == name  # of its service's webhooks
-            connection.execute(sa.delete(webhook_delivery).where(its, ~sa.text(IS_PENDING)))
+            connection.execute(sa.delete(webhook_delivery).where(its, webhook_delivery.c.state != State.PENDING.value))
             connection.execute(sa.delete(outbox).where(outbox.c.tenant == name, _is_told))
             return not _any(connection, outbox.c.id, outbox.c.tenant == name)
 

@@ -21,7 +21,7 @@ from service.cli.connection import EXIT_INFRASTRUCTURE, EXIT_REFUSED
 from service.cli.printing import make_console, print_fields, print_json, print_line, quoted
 from service.cli.up.children import Child, CrashLoop, end_left_over
 from service.cli.up.installation import Keys, cancel_what_runs, mint_keys, prepare, remove_runtime_directory
-from service.cli.up.programs import Plan, processes, redis_server
+from service.cli.up.programs import SECRETS_KEY, Plan, processes, redis_server
 from service.cli.up.redis import LOOPBACK, RedisPlan, redis_answers
 from service.cli.up.state import CannotUse, StateDirectory, free_port, open_state, port_is_free
 from service.client import Client, Document, Problem, Unreachable
@@ -157,6 +157,8 @@ def _plan(directory: StateDirectory, *, port: int) -> Plan:
         "BLASTDOOR_HOST": LOOPBACK,
         "BLASTDOOR_PORT": str(port or free_port()),
     }
+    if not passed_on.get(SECRETS_KEY):
+        decided[SECRETS_KEY] = directory.secrets_key()
     environment = passed_on | decided
     fields: dict[str, Any] = {name.removeprefix("BLASTDOOR_").lower(): value for name, value in decided.items()}
     return Plan(state=directory, redis=redis, settings=Settings(**fields), environment=environment)
@@ -244,7 +246,7 @@ def _stop(plan: Plan, children: Mapping[str, Child], interrupts: Interrupts) -> 
         if not worker.stopped_within(RUNS_MAY_END_S, hurry=lambda: interrupts.count > asked):
             _cancel(plan)
             worker.stopped_within(10.0, hurry=hurry)
-    for name in ("worker", "reaper", "relay", "api", "redis"):
+    for name in ("worker", "reaper", "relay", "webhooks", "api", "redis"):
         if name in children:
             children[name].stop(_say, hurry=hurry)
     plan.state.forget_processes()

@@ -11,6 +11,7 @@ from service.cli.up.redis import LOOPBACK, RedisPlan, render_configuration
 from service.cli.up.state import StateDirectory
 from service.settings import Settings
 
+SECRETS_KEY = "BLASTDOOR_SECRETS_KEY"
 _PLAIN = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
 # -I: neither the caller's environment nor its directory decides which modules are imported. -u: logs as they happen.
 _PYTHON = (sys.executable, "-I", "-u", "-m")
@@ -39,10 +40,22 @@ def redis_server(plan: Plan) -> Program:
 def processes(plan: Plan) -> Sequence[Program]:
     """In the order of starting. Celery takes a first SIGTERM as `finish what you have`, a second as `drop it`: the
     first is sent before the ladder begins."""
-    environment = {**_PLAIN, **plan.environment}
     return (
-        Program("api", (*_PYTHON, "service.main"), environment),
-        Program("relay", (*_PYTHON, "service.relay"), environment),
-        Program("reaper", (*_PYTHON, "workers", "reaper"), environment, ladder=((signal.SIGTERM, 20.0),)),
-        Program("worker", (*_PYTHON, "workers", "worker"), environment, ladder=((signal.SIGTERM, 5.0),)),
+        Program("api", (*_PYTHON, "service.main"), _environment(plan, 0, seals=True)),
+        Program("relay", (*_PYTHON, "service.relay"), _environment(plan, 1)),
+        Program("webhooks", (*_PYTHON, "service.relay.webhooks"), _environment(plan, 2, seals=True)),
+        Program("reaper", (*_PYTHON, "workers", "reaper"), _environment(plan, 3), ladder=((signal.SIGTERM, 20.0),)),
+        Program("worker", (*_PYTHON, "workers", "worker"), _environment(plan, 4), ladder=((signal.SIGTERM, 5.0),)),
     )
+
+
+def _environment(plan: Plan, n: int, *, seals: bool = False) -> Mapping[str, str]:
+    """Each process is scraped at a port of its own, the n-th after the one that was asked for. The key that opens
+    webhooks' secrets is for those two that seal and sign, and for nobody beside the sandboxes."""
+    environment = {**_PLAIN, **plan.environment}
+    if not seals:
+        environment.pop(SECRETS_KEY, None)
+    if address := plan.settings.metrics_address:
+        host, _, port = address.rpartition(":")
+        environment["BLASTDOOR_METRICS_ADDRESS"] = f"{host}:{int(port) + n if int(port) else 0}"
+    return environment

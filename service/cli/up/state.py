@@ -4,6 +4,7 @@ blastdoor.db  blobs/   the installation: the database, uploads and results
 redis/                 our Redis' append-only file
 logs/                  a log for each process
 client.json            0600: the address and this start's keys, for the other commands
+secrets.key            0600: what the secrets of webhooks are encrypted with in the database
 up.json                the ports, and the processes of the last start
 lock                   held while `up` runs
 """
@@ -16,6 +17,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cryptography.fernet import Fernet
 
 from service.cli.up.redis import LOOPBACK
 
@@ -59,6 +62,20 @@ class StateDirectory:
         port = known if isinstance(known, int) and port_is_free(known) else free_port()
         self._remember(redis_port=port)
         return port
+
+    def secrets_key(self) -> str:
+        """Made at the first start and kept: without it no webhook of this directory could be signed any more."""
+        path = self.path / "secrets.key"
+        if not path.exists():
+            unfinished = self.path / "secrets.key.new"
+            unfinished.unlink(missing_ok=True)
+            descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with open(descriptor, "wb") as file:
+                file.write(Fernet.generate_key() + b"\n")
+                file.flush()
+                os.fsync(descriptor)
+            unfinished.replace(path)
+        return path.read_text().strip()
 
     def remember_process(self, name: str, pid: int) -> None:
         """Call at once after each start, so that even a killed `up` can be cleaned up after."""

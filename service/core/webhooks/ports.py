@@ -15,6 +15,7 @@ from service.core.webhooks.models import (
     SealedEndpoint,
     Settlement,
 )
+from service.core.webhooks.schedule import Answer
 
 
 class WebhookStore(Protocol):
@@ -73,6 +74,10 @@ class Deliveries(Protocol):
         since, or deleted."""
         ...
 
+    def delivery_counts(self) -> tuple[int, int]:
+        """-> how many are pending, and how many dead."""
+        ...
+
     def give_back_deliveries(self, claimed: Sequence[Claimed]) -> None:
         """They were not attempted, or not to the end: due again at once."""
         ...
@@ -83,6 +88,13 @@ class SecretBox(Protocol):
 
     def seal(self, plain: str) -> str: ...
     def unseal(self, sealed: str) -> str: ...
+
+
+class Sender(Protocol):
+    async def send(self, url: str, *, headers: Mapping[str, str], body: bytes) -> Answer:
+        """POST it to where the URL leads now, if that may be sent to. What the other side does, or does not, is in
+        the answer, within a bounded time; nothing of it is raised."""
+        ...
 
 
 class Resolver(Protocol):

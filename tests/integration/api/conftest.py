@@ -16,6 +16,7 @@ import httpx
 import pytest
 import structlog
 import uvicorn
+from cryptography.fernet import Fernet
 from fastapi import FastAPI
 
 from service import logs
@@ -32,6 +33,7 @@ from tests.factories import make_capabilities, make_result
 from tests.servers import LOOPBACK, RedisServer
 
 SCENARIO = "name: hello\nsteps: [{name: only, run: 'true'}]\n"
+SECRETS_KEY = Fernet.generate_key().decode()
 DATABASES = ["sqlite_database", "postgres_database"]
 
 
@@ -100,7 +102,11 @@ def settings(tmp_path: Path, redis_server: RedisServer, request: pytest.FixtureR
 
 def make_settings(tmp_path: Path, database: str, redis_url: str, **more: Any) -> Settings:
     return Settings(
-        environment="test", state_dir=tmp_path / "state", database_url=database, redis_url=redis_url, **more
+        environment="test",
+        state_dir=tmp_path / "state",
+        database_url=database,
+        redis_url=redis_url,
+        **{"secrets_key": SECRETS_KEY, **more},
     )
 
 

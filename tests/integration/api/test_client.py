@@ -279,10 +279,16 @@ def test_output_artifacts_and_report_come_back_as_they_were_left(served: Served,
     assert {path: (tmp_path / "new" / path).read_bytes() for path in files} == files
 
 
-def test_a_download_that_is_cut_short_is_an_error_and_no_short_file(served: Served) -> None:
+def test_a_download_that_is_cut_short_is_an_error_and_no_short_file(served: Served, tmp_path: Path) -> None:
     run_id = left(served, {"a": b"x" * 700_000})
     with wired(served, lambda _: 300_000) as wire, client(served, wire.url) as blastdoor, pytest.raises(Unreachable):
         blastdoor.artifact(run_id, "a")
+    with wired(served, lambda connection: 300_000 if connection else None) as wire:
+        with client(served, wire.url) as blastdoor:
+            run = blastdoor.get(run_id)
+        with client(served, wire.url) as blastdoor, pytest.raises(Unreachable):
+            blastdoor.save_artifacts(run, tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 # --- a service that lies ----------------------------------------------------------------------------------------------
@@ -341,6 +347,7 @@ def test_a_hostile_service_writes_nothing_outside_of_the_directory(liar: Liar, t
         for n, wrong in enumerate((claimed("a", data=b"other"), claimed("a", size=2))):
             with pytest.raises(CannotSave):
                 blastdoor.save_artifacts(wrong, home / f"wrong {n}")
+            assert list((home / f"wrong {n}").iterdir()) == []
         assert blastdoor.save_artifacts(claimed("a/b", "c"), home / "fine") == ("a/b", "c")  # and so it does write
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
     assert (home / "fine" / "a" / "b").read_bytes() == b"owned"

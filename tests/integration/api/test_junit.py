@@ -1,4 +1,4 @@
-"""GET /v1/runs/{id}/junit.xml as it is served, on both databases (D36): strict XML for any output, its owner's alone."""
+"""GET /v1/runs/{id}/junit.xml as it is served, on both databases (D36): strict XML for any output."""
 
 import xml.etree.ElementTree as ElementTree
 
