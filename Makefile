@@ -23,7 +23,7 @@ check: ## Formatting, lint, types, import contracts, .env.example
 	@scripts/setup.sh --development
 	@scripts/check.sh
 
-bench: root ## Measure, print, and write bench.json
+bench: root ## Measure, print, and write bench.json; ARGS="upload limits" measures these sections only
 	@scripts/setup.sh
 	@$(PYTHON) -m tests.bench $(ARGS)
 

@@ -90,6 +90,9 @@ class Settings(BaseSettings):
         "",
         description="HOST:PORT,... that webhooks may go to whatever they are, http too; for development; empty: none",
     )
+    webhook_ca_file: Path | None = Field(
+        None, description="PEM file of authorities that webhooks' receivers may have their certificates from, too"
+    )
     keep_deliveries_s: Seconds = Field(
         7 * 86400.0, description="a webhook's delivery and its log are deleted that long after its end"
     )
@@ -102,7 +105,7 @@ class Settings(BaseSettings):
         "", description="NAME:ACTION[@N],... for tests of faults; refused unless environment=test; empty: none"
     )
 
-    @field_validator("policy_file", "bus_url", mode="before")
+    @field_validator("policy_file", "bus_url", "webhook_ca_file", mode="before")
     @classmethod
     def _empty_is_absent(cls, value: object) -> object:
         return None if value == "" else value

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -17,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from service.core.boundary import BoundaryKind, Capabilities
+from service.core.cleanup import ActionResult, PlannedAction, Scope
 from service.core.errors import BlastdoorError
 from service.core.placement import OFFERS
 from workers.conformance import report
@@ -151,6 +153,76 @@ def _attack(host: ThisHost, *, as_json: bool) -> NoReturn:
 
 def _say_progress(result: Result) -> None:
     typer.echo(report.progress_line(result), err=True)
+
+
+@commands.command("cleanup-local", hidden=True)
+def cleanup_local(
+    state_dir: StateDir,
+    runtime_dir: RuntimeDir = Path("/run/blastdoor"),
+    runsc: Runsc = Path("/usr/bin/runsc"),
+    database: Annotated[str, typer.Option(envvar="BLASTDOOR_DATABASE_URL", help="SQLAlchemy URL.")] = "",
+    installation: Annotated[str | None, typer.Option(help="Which one, when the database cannot say it.")] = None,
+    tenant: Annotated[str | None, typer.Option()] = None,
+    run: Annotated[str | None, typer.Option()] = None,
+    boundary: Annotated[str | None, typer.Option()] = None,
+    orphans: Annotated[bool, typer.Option("--orphans")] = False,
+    older_than: Annotated[float | None, typer.Option(help="Seconds.")] = None,
+    apply: Annotated[bool, typer.Option("--apply")] = False,
+    force: Annotated[bool, typer.Option("--force")] = False,
+    as_json: Json = False,
+) -> None:
+    """`blastdoor admin cleanup --local`: of this host, by the labels on it, while the API is down. Needs root.
+
+    Status 0: done, or a dry run; 1: a line was refused or resists; 2: bad usage; 3: this host could not be looked at.
+    """
+    from workers.local import NoInstallation, open_local  # a database, which no other command here needs
+
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+    age = None if older_than is None else timedelta(seconds=older_than)
+    scope = Scope(tenant=tenant, run=run, boundary=boundary, orphans=orphans, older_than=age)
+    if scope.is_empty:
+        typer.echo("blastdoor: say which: --tenant, --run, --boundary, --older-than or --orphans", err=True)
+        raise typer.Exit(2)
+    try:
+        local = open_local(
+            state_dir=state_dir, runtime_dir=runtime_dir, runsc=runsc, site=socket.gethostname(), database_url=database,
+            installation=installation,
+        )  # fmt: skip
+    except NoInstallation as error:
+        typer.echo(f"blastdoor: {error}", err=True)
+        raise typer.Exit(2) from error
+    if local.unreachable is not None:
+        said = "nobody can say what is live; only what has outlived its time is not taken to be"
+        typer.echo(f"blastdoor: the database cannot be reached ({local.unreachable}): {said}", err=True)
+    try:
+        lines = local.plan(scope, force=force)
+        lines = local.apply(lines) if apply else lines
+    except (BlastdoorError, OSError) as error:
+        typer.echo(f"blastdoor: this host could not be cleaned up: {error}", err=True)
+        raise typer.Exit(3) from error
+    finally:
+        local.close()
+    _show_lines(lines, local.installation, database=local.unreachable is None, applied=apply, as_json=as_json)
+    raise typer.Exit(0 if not apply or all(line.result == ActionResult.DESTROYED for line in lines) else 1)
+
+
+def _show_lines(
+    lines: Sequence[PlannedAction], installation: str, *, database: bool, applied: bool, as_json: bool
+) -> None:
+    if as_json:
+        shown = [
+            {"ref": line.ref.model_dump(mode="json") | {"name": line.ref.name}} | line.model_dump(exclude={"ref"})
+            for line in lines
+        ]
+        document = {"installation": installation, "database": database, "applied": applied, "actions": shown}
+        typer.echo(json.dumps(document, default=str))
+        return
+    for line in lines:
+        typer.echo(f"{line.ref.name}  {line.action}  {line.result or line.why}")
+    if not lines:
+        typer.echo("nothing here is in that scope")
+    elif not applied:
+        typer.echo("a dry run; --apply does it")
 
 
 def _no_driver(kind: BoundaryKind) -> str:

@@ -134,6 +134,7 @@ def run_waiting(line: Line) -> bool:
     When another run could be claimed afterwards, the doorbell is rung for it: a ring that found its tenant at its cap
     was used up, so whoever frees the place passes the ring on.
     """
+    asked = time.monotonic()
     claim = line.runs.claim(
         worker_id=line.worker_id,
         site=line.site,
@@ -152,7 +153,7 @@ def run_waiting(line: Line) -> bool:
     output = run.controls.limits.output
     with (
         structlog.contextvars.bound_contextvars(run_id=run.id, trace_id=claim.trace_id),
-        Watch(line.runs, run_id=run.id, fence=fence, times=line.times) as watch,
+        Watch(line.runs, run_id=run.id, fence=fence, times=line.times, since=asked) as watch,
         Live(line.runs, line.hints, run_id=run.id, fence=fence, head_bytes=output - output // 2) as live,
     ):
         try:
@@ -354,4 +355,5 @@ def _ref(line: Line, claim: Claim) -> BoundaryRef:
         run_id=run.id,
         fence=claim.fence,
         expires_at=claim.lease_until + lifetime,
+        created_at=claim.lease_until - line.times.lease,
     )

@@ -31,12 +31,16 @@ class Watch:
 
     Whoever asks measures that time too, so a database that hangs fences as well as one that says no."""
 
-    def __init__(self, runs: RunLine, *, run_id: str, fence: int, times: WatchTimes) -> None:
+    def __init__(
+        self, runs: RunLine, *, run_id: str, fence: int, times: WatchTimes, since: float | None = None
+    ) -> None:
+        """`since`: monotonic seconds from before the run was claimed. A process that was stopped between its claim and
+        this line has slept through its lease, and must find that out before it makes anything."""
         self._runs, self._run_id, self._fence, self._times = runs, run_id, fence, times
         self._stop, self._set = threading.Event(), threading.Event()
         context = contextvars.copy_context()  # so that its log says whose run it keeps
         self._thread = threading.Thread(target=context.run, args=(self._keep,), name=f"watch-{run_id}", daemon=True)
-        self._renewed = time.monotonic()
+        self._renewed = time.monotonic() if since is None else since
         self.cancelled_by: str | None = None
         self.lost: str | None = None
 
@@ -54,7 +58,6 @@ class Watch:
         self._stop.wait(self._times.cancel_poll.total_seconds())
 
     def __enter__(self) -> "Watch":
-        self._renewed = time.monotonic()
         self._thread.start()
         return self
 

@@ -41,7 +41,7 @@ class _Failpoints:
         if armed.nth and self._count(place) != armed.nth:
             return
         _log.warning("failpoint_reached", failpoint=str(point), action=str(armed.action), pid=os.getpid())
-        _act(armed)
+        act(armed)
 
     def _count(self, place: int) -> int:
         with self._counting:
@@ -50,7 +50,7 @@ class _Failpoints:
             return count
 
 
-def _act(armed: Armed) -> None:
+def act(armed: Armed) -> None:
     if armed.action is Action.EXIT:
         os._exit(EXIT_STATUS)
     if armed.action is Action.STOP:

@@ -19,6 +19,7 @@ from typing import Any
 
 import httpcore
 
+from service.core.errors import BlastdoorError
 from service.core.webhooks.addresses import Address
 from service.core.webhooks.ports import Resolver
 from service.core.webhooks.schedule import Answer, Fault
@@ -49,7 +50,7 @@ class _Unresolved(httpcore.ConnectError):
 
 class HttpHooks:
     """Sends deliveries; of one event loop. `excepted`: host and port pairs that are not judged. `ca_file`: trusted
-    beside the public authorities."""
+    beside the public authorities. Raises BlastdoorError for a file that is none."""
 
     def __init__(
         self, *, excepted: Pairs = frozenset(), ca_file: Path | None = None, timeout: timedelta = TIMEOUT,
@@ -61,7 +62,10 @@ class HttpHooks:
         self._tls = httpcore.default_ssl_context()
         self._tls.minimum_version = ssl.TLSVersion.TLSv1_2
         if ca_file is not None:
-            self._tls.load_verify_locations(cafile=ca_file)
+            try:
+                self._tls.load_verify_locations(cafile=ca_file)
+            except OSError as error:  # ssl.SSLError is one
+                raise BlastdoorError(f"the authorities in {ca_file} cannot be used: {error}") from error
         self._resolver = resolver
         # Threads of its own: names that resolve slowly must not hold up who asks the store.
         self._threads = ThreadPoolExecutor(_RESOLVING_AT_ONCE, thread_name_prefix="resolving")

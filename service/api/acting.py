@@ -26,7 +26,7 @@ async def acting(
 
 
 async def purged(context: Context, name: str) -> None:
-    """Wait a little until nothing of the deleted tenant is left; what takes longer, the relay's housekeeping finishes."""
+    """Wait a little until nothing of the deleted tenant is left; the relay finishes what takes longer."""
     deps, deadline = context.deps, time.monotonic() + context.deps.bounds.deletion_wait_s
     while not await context.store(finish_deletion, deps.leftovers, deps.blobs, name=name):
         if time.monotonic() > deadline:

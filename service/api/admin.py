@@ -15,6 +15,7 @@ from service.api.schemas import (
     CreateTenant,
     KeyCreated,
     ServiceCreated,
+    ServicePage,
     TenantCreated,
     TenantPage,
 )
@@ -92,6 +93,12 @@ async def add_key(context: InContext, operator: AnOperator, name: ByName) -> Key
 async def revoke_key(context: InContext, operator: AnOperator, name: ByName, key_id: str) -> None:
     revoke = partial(tenants.revoke_tenant_key, context.deps.tenants, name=name, key_id=key_id, service_id=None)
     await acting(context, operator, "key.revoke", name, revoke, detail={"key": key_id})
+
+
+@router.get("/services", operation_id="adminListServices", summary="List all services", responses=problems(*_KEY))
+async def list_services(context: InContext, operator: AnOperator) -> ServicePage:
+    """By name. Their keys are shown nowhere again."""
+    return ServicePage(items=list(await context.store(context.deps.tenants.list_services)))
 
 
 @router.post(

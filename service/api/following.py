@@ -58,7 +58,8 @@ class EventStream(Response):
 
             group.start_soon(until_gone)
             try:
-                await self._tell(send)
+                with self._context.deps.metrics.streaming():
+                    await self._tell(send)
             except TimeoutError:
                 log.info("watcher_takes_nothing", run_id=self._run_id)  # the server hangs up: the answer is unfinished
             group.cancel_scope.cancel()

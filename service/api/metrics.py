@@ -1,7 +1,7 @@
 """What an API process counts. Labels are words of ours: route templates, methods, classes of status, problem codes."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import Scope
@@ -45,13 +45,17 @@ class ApiMetrics:
 
     def watch(
         self, *, in_flight: Callable[[], float] | None = None, uploads: Callable[[], float] | None = None,
-        waiters: Callable[[], float] | None = None, streams: Callable[[], float] | None = None,
+        waiters: Callable[[], float] | None = None,
     ) -> None:  # fmt: skip
         """What is asked at each scrape, and costs nothing between."""
         asked = ((self._in_flight, in_flight), (self._uploads, uploads), (self._waiters, waiters))
-        for gauge, ask in (*asked, (self._streams, streams)):
+        for gauge, ask in asked:
             if ask is not None:
                 gauge.set_function(ask)
+
+    def streaming(self) -> AbstractContextManager[None]:
+        """Around an event stream."""
+        return self._streams.track_inprogress()
 
     def answered(self, scope: Scope, *, status: int | None, duration_s: float) -> None:
         """`status` None: the client was gone before there was one."""

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
 from service.core.boundary import Guarantees
 from service.core.events import EventType
+from service.core.ports import Service
 from service.core.run import Run
 from service.core.tenancy import Ceilings, NodeGroup, Quota, Tenant, TenantName, Trust
 from service.core.webhooks.models import Attempt, DeadLetter, Endpoint
@@ -92,6 +93,10 @@ class ServiceCreated(KeyCreated):
 
     name: str
     key_id: str
+
+
+class ServicePage(BaseModel):
+    items: list[Service]
 
 
 class WebhookCreated(Endpoint):

@@ -1,6 +1,7 @@
 """/v1/webhooks: where events are delivered to, and how that went. A tenant's endpoints hear of its own runs; a
 service's, made with its key and no tenant, of all its tenants'."""
 
+import re
 from functools import partial
 from typing import Annotated
 
@@ -17,8 +18,10 @@ from service.usecases import webhooks
 
 router = APIRouter(tags=["webhooks"])
 _KEY = ("unauthenticated", "forbidden", "not_found")
-ById = Annotated[str, Path(max_length=100, description="the webhook's id")]
-ByDelivery = Annotated[str, Path(max_length=100, description="the delivery's id, as the log has it")]
+_ATTEMPT = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
+_DELIVERY = re.compile(r"dlv_[0-9a-f]{32}", re.ASCII)
+ById = Annotated[str, Path(description="the webhook's id")]
+ByDelivery = Annotated[str, Path(description="the delivery's id, as the log has it")]
 Limit = Annotated[int, Query(ge=1, le=100)]
 Cursor = Annotated[str | None, Query(max_length=200, description="`next_cursor` of the page before")]
 
@@ -87,7 +90,7 @@ async def list_deliveries(
     context: InContext, owner: AnOwner, webhook_id: ById, limit: Limit = 50, cursor: Cursor = None
 ) -> DeliveryPage:
     """Newest first; one line an attempt."""
-    before = None if cursor is None else _number(cursor)
+    before = None if cursor is None else int(_read(cursor, _ATTEMPT))
     page = await context.store(context.deps.webhooks.list_attempts, webhook_id, owner, limit=limit, before=before)
     following = None if page.next_before is None else str(page.next_before)
     return DeliveryPage(items=list(page.items), next_cursor=following, pending=page.pending)
@@ -114,7 +117,8 @@ async def list_dead_letters(
     context: InContext, operator: AnOperator, limit: Limit = 50, cursor: Cursor = None
 ) -> DeadLettersShown:
     """Of all owners, newest first."""
-    page = await context.store(context.deps.webhooks.dead_letters, limit=limit, before=cursor)
+    before = None if cursor is None else _read(cursor, _DELIVERY)
+    page = await context.store(context.deps.webhooks.dead_letters, limit=limit, before=before)
     return DeadLettersShown(items=list(page.items), next_cursor=page.next_before)
 
 
@@ -129,7 +133,9 @@ async def replay_dead_letter(context: InContext, operator: AnOperator, delivery_
     return Replayed(id=delivery_id, webhook_id=endpoint)
 
 
-def _number(cursor: str) -> int:
-    if not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
-        raise DocumentInvalid("request", [{"path": "query.cursor", "message": "should be a page's `next_cursor`"}])
-    return int(cursor)
+def _read(cursor: str, form: re.Pattern[str]) -> str:
+    """Not signed: it says only where in the caller's own list to go on. One spelling is read."""
+    if not form.fullmatch(cursor):
+        row = {"path": "query.cursor", "message": "should be a next_cursor as it was given"}
+        raise DocumentInvalid("request", [row])
+    return cursor

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from service.cli.cleanup import audit, boundaries, cleanup, drain, forget_site, purge
 from service.cli.connection import Reach, is_asked_itself, reaching
 from service.cli.printing import make_console, outcome_text, print_json, print_line, print_table, quoted
 from service.cli.webhooks import print_deliveries
@@ -12,17 +13,21 @@ from service.cli.webhooks import print_deliveries
 admin = typer.Typer(rich_markup_mode="rich", no_args_is_help=True)
 dead_letters = typer.Typer(rich_markup_mode="rich")
 admin.add_typer(dead_letters, name="dead-letters")
+for command in (boundaries, cleanup, drain, forget_site, purge, audit):
+    admin.command()(command)
 
 
 @admin.callback()
 def _admin() -> None:
-    """For operators: workers, any tenant's run, deliveries that were given up.
+    """For operators: workers, what stands on the sites, any tenant's run, deliveries that were given up.
 
     [bold]Examples[/bold]
 
       blastdoor admin workers
 
       blastdoor admin kill run_0192f0c1d2e37a4b8c9d0e1f2a3b4c5d
+
+      blastdoor admin cleanup --orphans
 
       blastdoor admin dead-letters
     """
@@ -46,7 +51,8 @@ def workers(reach: Reach) -> None:
     if not found["items"]:
         print_line(console, "no worker is alive")
         return
-    print_table(console, ("worker", "site", "walls"), map(_worker_row, found["items"]), wide="walls")
+    columns = ("worker", "site", "state", "plays", "walls")
+    print_table(console, columns, map(_worker_row, found["items"]), wide="walls")
 
 
 @admin.command()
@@ -129,4 +135,5 @@ def _list(reach: Reach, *, limit: int | None = None, cursor: str | None = None) 
 
 def _worker_row(worker: Mapping[str, Any]) -> tuple[object, ...]:
     walls = [each["boundary"] for each in worker["capabilities"] if each["available"]]
-    return worker["id"], worker["site"], ", ".join(map(str, walls)) or "none"
+    state, playing = worker.get("state", ""), worker.get("playing", "")
+    return worker["id"], worker["site"], state, playing, ", ".join(map(str, walls)) or "none"

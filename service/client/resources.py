@@ -99,6 +99,43 @@ class Admin:
         """Cancel any tenant's run. -> the run."""
         return self._connection.ask("POST", f"/v1/admin/runs/{one_part(run_id)}/kill", repeatable=True)
 
+    def boundaries(self) -> Document:
+        """What stands on the sites: `{items}`."""
+        return self._connection.ask("GET", "/v1/admin/boundaries")
+
+    def cleanup(
+        self, scope: Mapping[str, Any] | None = None, *, plan: str | None = None, dry_run: bool = True,
+        force: bool = False,
+    ) -> Document:  # fmt: skip
+        """A plan for `scope`, applied unless it is a dry run; or `plan`, an id, as it was shown. -> `{id, applied,
+        actions}`; an action without a result is still being worked at."""
+        asked: dict[str, Any] = {"dry_run": dry_run, "force": force}
+        asked |= {"scope": dict(scope or {})} if plan is None else {"plan": plan}
+        return self._connection.ask("POST", "/v1/admin/cleanup", json=asked)
+
+    def get_cleanup(self, plan_id: str) -> Document:
+        return self._connection.ask("GET", f"/v1/admin/cleanup/{one_part(plan_id)}")
+
+    def drain(self, worker_id: str) -> Document:
+        """It takes nothing more. -> the worker."""
+        return self._connection.ask("POST", "/v1/admin/drain", repeatable=True, json={"worker": worker_id})
+
+    def forget_site(self, site: str, *, force: bool = False) -> None:
+        """What it had counts as gone."""
+        params = {"force": "true"} if force else {}
+        self._connection.ask("DELETE", f"/v1/admin/sites/{one_part(site)}", params=params)
+
+    def purge(self, *, older_than_s: float, dry_run: bool = True) -> Document:
+        """Give up finished runs of that age. -> how much of what."""
+        asked = {"older_than_s": older_than_s, "dry_run": dry_run}
+        return self._connection.ask("POST", "/v1/admin/purge", repeatable=True, json=asked)
+
+    def audit(self, *, limit: int | None = None, cursor: str | None = None) -> Document:
+        """Who did what, newest first: `{items, next_cursor}`."""
+        asked = {"limit": limit, "cursor": cursor}
+        params = {name: value for name, value in asked.items() if value is not None}
+        return self._connection.ask("GET", "/v1/admin/audit", params=params)
+
     def dead_letters(self, *, limit: int | None = None, cursor: str | None = None) -> Document:
         """Deliveries that were given up: `{items, next_cursor}`."""
         asked = {"limit": limit, "cursor": cursor}

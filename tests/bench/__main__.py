@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.bench import events, extract, limits, speed, upload
+from tests.bench import events, extract, hooks, limits, speed, upload
 from tests.bench.live import progress
 
 Document = dict[str, Any]
@@ -29,6 +29,7 @@ SECTIONS: Mapping[str, Callable[[Path], Document]] = {
     "extract": extract.measure,
     "limits": limits.measure,
     "events": events.measure,
+    "webhooks": hooks.measure,
 }
 
 

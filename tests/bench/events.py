@@ -34,6 +34,7 @@ _SETTLE_S = 2.0
 """After the last run: its boundary is destroyed, and that too is told."""
 _GROUP = "bench"
 _PROCESSES = get_context("fork")
+_NEW_ROWS = "SELECT id, event_id, tenant FROM outbox WHERE id > ? AND NOT internal ORDER BY id"
 Times = dict[str, float]
 Observer = Callable[[Event], Times]
 
@@ -47,8 +48,8 @@ def measure(runsc: Path) -> Document:
 def _to_consumer(service: Service) -> Document:
     with redis.Redis.from_url(service.ready["redis_url"]) as bus:
         bus.xgroup_create(STREAM, _GROUP, id="0")
-    with _observing(_reader(service.ready["redis_url"])) as arrived:
-        with _observing(_commit_watch(service.state / "blastdoor.db")) as committed:
+    with observing(_reader(service.ready["redis_url"])) as arrived:
+        with observing(commit_watch(service.state / "blastdoor.db")) as committed:
             _submit_runs(service, RUNS, "events to a consumer")
             time.sleep(_SETTLE_S)
         time.sleep(_SETTLE_S)
@@ -62,8 +63,9 @@ def _submit_runs(service: Service, runs: int, what: str) -> None:
             submit(client)
 
 
-def _commit_watch(database: Path) -> Observer:
-    """Event ids of the rows that appear in the outbox, by when they were committed at the earliest."""
+def commit_watch(database: Path, *, tenant: str | None = None) -> Observer:
+    """Event ids of the rows that appear in the outbox, by when they were committed at the earliest. Of
+    one tenant or of all."""
 
     def watch(stop: Event) -> Times:
         seen: Times = {}
@@ -72,11 +74,10 @@ def _commit_watch(database: Path) -> Observer:
             before = time.monotonic()
             while not stop.is_set():
                 now = time.monotonic()
-                rows = connection.execute(
-                    "SELECT id, event_id FROM outbox WHERE id > ? AND NOT internal ORDER BY id", (last,)
-                )
-                for row_id, event_id in rows.fetchall():
-                    seen[event_id], last = before, row_id
+                for row_id, event_id, whose in connection.execute(_NEW_ROWS, (last,)).fetchall():
+                    last = row_id
+                    if tenant in (None, whose):
+                        seen[event_id] = before
                 before = now
                 time.sleep(_LOOK_EVERY_S)
         return seen
@@ -103,7 +104,7 @@ def _reader(url: str) -> Observer:
 
 
 @contextmanager
-def _observing(observe: Observer) -> Iterator[Times]:
+def observing(observe: Observer) -> Iterator[Times]:
     """A process that observes while the block runs; what it saw is there afterwards."""
     stop, found, times = _PROCESSES.Event(), _PROCESSES.Queue(), Times()
     observer = _PROCESSES.Process(target=lambda: found.put(observe(stop)), daemon=True)

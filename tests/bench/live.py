@@ -102,7 +102,7 @@ class Client:
         text = answer.read()
         if answer.status >= 300:
             raise SystemExit(f"{method} {path}: {answer.status} {text.decode()}")
-        document: Document = json.loads(text)
+        document: Document = json.loads(text) if text else {}
         return document
 
     def finished(self, run: Document) -> Document:

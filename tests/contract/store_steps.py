@@ -26,8 +26,9 @@ def add_run(
     scenario = more.pop("scenario", make_scenario())
     brought = None if bundle is None else make_bundle(digest=bundle)
     idempotency, max_queued = more.pop("idempotency", None), more.pop("max_queued", 100)
+    traceparent = more.pop("traceparent", None)
     run = make_run(tenant=tenant, boundary=boundary, scenario=scenario, bundle=brought, **more)
-    return store.submit(run, scenario, brought, max_queued=max_queued, idempotency=idempotency)
+    return store.submit(run, scenario, brought, max_queued=max_queued, idempotency=idempotency, traceparent=traceparent)
 
 
 def claim(

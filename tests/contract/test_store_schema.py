@@ -13,8 +13,8 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from service.adapters.sql.deliveries import DUE, DUE_OF_ONE, UNFANNED_EVENTS
 from service.adapters.sql.custody import PLAYING
+from service.adapters.sql.deliveries import DUE, DUE_OF_ONE, UNFANNED_EVENTS
 from service.adapters.sql.documents import POSITIONS
 from service.adapters.sql.engine import Database
 from service.adapters.sql.fairness import FAIREST, SOMETHING_TO_CLAIM

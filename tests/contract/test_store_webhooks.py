@@ -259,6 +259,7 @@ class TestSending:
         one, two, three = sent(store, endpoint)
         store.settle_deliveries([settlement(one), failed(two, wait=None), failed(three)])
         at_once = timedelta(0)
+        assert store.delivery_counts() == (1, 1)
         assert store.purge_deliveries(older_than=DAY, limit=9, dry_run=False) == 0
         assert store.purge_deliveries(older_than=at_once, limit=1, dry_run=True) == 2
         assert store.purge_deliveries(older_than=at_once, limit=1, dry_run=False) == 1

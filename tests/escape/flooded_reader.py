@@ -6,6 +6,7 @@ the flood and `played` after it, and each time waits for a line on stdin. `keep-
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from service.core.boundary import Limit
 from tests.sandboxes import Never, gvisor_boundary, make_ref, make_spec, make_step
@@ -14,8 +15,8 @@ from workers.boundaries.gvisor.capture import HeadAndTail
 
 
 class _Everything(HeadAndTail):
-    def __init__(self, limit_bytes: int) -> None:
-        super().__init__(2**40)
+    def __init__(self, limit_bytes: int, **more: Any) -> None:
+        super().__init__(2**40, **more)
 
 
 def _say(word: str) -> None:

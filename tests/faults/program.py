@@ -16,8 +16,14 @@ import sys
 import traceback
 from typing import Any
 
+from service.adapters.failpoints import act
+from service.core.failpoints import Failpoint, install, parse
+
 ROLES = ("worker", "reaper", "api", "relay")
 PAPER = "PAPER"
+FAULT_FILE = "FAULT_FILE"
+"""Of the environment: a file with one failpoint, `NAME:ACTION`, that may be written while the process runs. The process
+that reaches it takes the file, and acts."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -28,6 +34,8 @@ def run(role: str) -> int:
         from workers import registry
 
         registry.DRIVERS = dict.fromkeys(BoundaryKind, "tests.faults.paper:PaperBoundary")
+    if path := os.environ.get(FAULT_FILE):
+        install(lambda point: _act_once(point, path))
     if role == "api":
         from service.main import main as serve
 
@@ -40,6 +48,18 @@ def run(role: str) -> int:
     from workers.app import start
 
     return start(role)
+
+
+def _act_once(point: Failpoint, path: str) -> None:
+    try:
+        with open(path) as file:
+            (armed,) = parse(file.read())
+        if armed.point is not point:
+            return
+        os.rename(path, f"{path}.{os.getpid()}")
+    except FileNotFoundError:
+        return
+    act(armed)
 
 
 _MODULES = (

@@ -1,15 +1,15 @@
 """Every failpoint of a worker's line, with each of its three actions, in real processes: what becomes of the run.
 
-All of it is played at once, in one installation: each case has a worker of its own, whose boundary nobody else offers.
-A failpoint acts the first time that it is reached. One that stops its process is woken when somebody else has taken the
-run over (at its next phase `running`, with another worker's child), or has ended it.
+All of it is played in one installation, on some lanes: a worker each, whose boundary nobody else offers. A fault acts
+once. One that stops its process is woken when somebody else plays the run under the next fence, or has ended it.
 """
 
 import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from tests.contract.store_steps import add_run, add_tenant
 from tests.factories import make_controls, make_scenario
 from tests.faults.history import Violation, judge
 from tests.faults.paper import KIND
-from tests.faults.place import Forks, Place, Program, eventually, run_place
+from tests.faults.place import SCALED, Forks, Place, eventually, run_place
+from tests.faults.program import FAULT_FILE
 from tests.faults.recorder import Recorder
 
 LINE = [point for point in Failpoint if point.value.partition(".")[0] not in ("submit", "relay", "reaper")]
 IN_A_TRANSACTION = {Failpoint.CLAIM_BEFORE_COMMIT, Failpoint.FINISH_BEFORE_COMMIT}
-"""Who stops there holds the database's write lock: they are stopped when the others are through."""
+"""Who stops there holds the database's write lock: they come when the others are through."""
 PROVISIONING = {
     Failpoint.CLAIM_AFTER, Failpoint.OPEN_BEFORE_CREATE, Failpoint.OPEN_HALF_CREATED, Failpoint.OPEN_CREATED,
     Failpoint.UPLOAD_AFTER,
@@ -36,6 +37,9 @@ ENDED = {Failpoint.FINISH_AFTER, Failpoint.DESTROY_BEFORE, Failpoint.DESTROY_AFT
 PASSED, PASSED_AGAIN = ("passed", None, 1), ("passed", None, 2)
 LOST, INTERNAL = ("errored", "worker_lost", 1), ("errored", "internal", 1)
 ALWAYS = "claim.after:exit"
+LANES = {Action.EXIT: 3, Action.RAISE: 1, Action.STOP: 3}
+ONLY_NAMESPACE = {"BLASTDOOR_BOUNDARIES": '["namespace"]'}
+LEASE_S = float(SCALED["BLASTDOOR_LEASE_S"])
 STEPS = [{"name": f"step {n}", "run": ["sleep", "0.3"]} for n in (1, 2)]
 
 pytestmark = pytest.mark.timeout(240)
@@ -56,115 +60,122 @@ def expected(point: Failpoint, action: Action) -> list[tuple[str, str | None, in
 
 @dataclass
 class Case:
-    spec: str
-    boundary: str
-    stops: bool = False
-    worker: Program | None = None
+    point: Failpoint
+    action: Action
     run: str = ""
-    woken: bool = False
+    acted: int = 0
+    """The process that took the fault."""
     row: dict[str, Any] = field(default_factory=dict)
     types: list[str] = field(default_factory=list)
-
-    @property
-    def reached(self) -> list[dict[str, Any]]:
-        return self.worker.events("failpoint_reached") if self.worker else []
 
 
 @dataclass
 class Played:
-    cases: dict[str, Case]
+    cases: dict[tuple[Failpoint, Action], Case]
+    always: Case
     violations: list[Violation]
     told: str
-    took_s: float
+
+
+class Lane:
+    """A worker whose boundary nobody else offers, and the cases that it plays one after another."""
+
+    def __init__(self, place: Place, recorder: Recorder, name: str, **environment: str) -> None:
+        self.place, self.recorder, self.boundary = place, recorder, f"namespace/{name}"
+        self.fault = place.directory / f"fault-{name}"
+        self.worker = place.start(
+            "worker", **ONLY_NAMESPACE, **{KIND: self.boundary, FAULT_FILE: str(self.fault)}, **environment
+        )
+        self.bell = CeleryDoorbell(place.redis.url)
+
+    def play(self, cases: Iterable[Case]) -> None:
+        for case in cases:
+            self._play(case)
+
+    def _play(self, case: Case) -> None:
+        partial = self.fault.with_suffix(".partial")
+        partial.write_text(f"{case.point}:{case.action}")
+        partial.rename(self.fault)
+        case.run = self.submit()
+        eventually(lambda: self._acted(case), why=lambda: (case, self.worker.said()[-6000:]))
+        if case.action is Action.STOP:
+            if case.point in IN_A_TRANSACTION:
+                time.sleep(LEASE_S + 0.5)
+            else:
+                eventually(lambda: self._taken_over(case), why=lambda: (case, self.place.told()))
+            os.kill(case.acted, signal.SIGCONT)
+        eventually(lambda: self._over(case), why=lambda: (case, self.place.told()))
+
+    def submit(self) -> str:
+        run = add_run(
+            self.place.store, boundary=self.boundary, scenario=make_scenario(steps=STEPS),
+            controls=make_controls(limits={"wall": "60s"}), max_queued=1000,
+        )  # fmt: skip
+        self.recorder.add("accepted", run=run.id, tenant="acme", key=None, token=None)
+        self.bell.ring(self.boundary)
+        return run.id
+
+    def _acted(self, case: Case) -> bool:
+        for path in self.place.directory.glob(f"{self.fault.name}.[0-9]*"):
+            case.acted = int(path.suffix[1:])
+            path.unlink()
+        return case.acted != 0
+
+    def _taken_over(self, case: Case) -> bool:
+        """Somebody has ended the run, or plays it under the next fence."""
+        (row,) = (row for row in self.place.rows() if row["id"] == case.run)
+        return row["phase"] == "finished" or (row["fence"] > 1 and row["phase"] == "running")
+
+    def _over(self, case: Case) -> bool:
+        (row,) = (row for row in self.place.rows() if row["id"] == case.run)
+        return row["phase"] == "finished" and row["fence"] == row["destroyed_fence"]
 
 
 @pytest.fixture(scope="module")
 def played(forks: Forks) -> Iterator[Played]:
-    began = time.monotonic()
-    cases = {
-        f"{point}:{action}": Case(f"{point}:{action}@1", f"namespace/w{n}", stops=action is Action.STOP)
-        for n, (point, action) in enumerate((point, action) for point in LINE for action in Action)
-    }
-    cases[ALWAYS + " each time"] = Case(ALWAYS, "namespace/always")
-    last = {f"{point}:stop" for point in IN_A_TRANSACTION}
+    cases = {(point, action): Case(point, action) for point in LINE for action in Action}
     with (
         tempfile.TemporaryDirectory(prefix="bd-faults-") as directory,
         run_place(forks, Path(directory)) as place,
         Recorder(Path(directory) / "history.jsonl") as recorder,
     ):
         add_tenant(place.store, concurrent=100, queued=1000)
+        place.start("reaper", **ONLY_NAMESPACE, **{KIND: "namespace"})
+        place.start("relay")
         with recorder.watching(place):
-            _play(place, recorder, [case for name, case in cases.items() if name not in last])
-            for name in sorted(last):
-                _play(place, recorder, [cases[name]])
+            always = _play(place, recorder, cases)
+            eventually(place.settled, why=place.told)
         recorder.conclude(place)
         rows = {row["id"]: row for row in place.rows()}
-        for case in cases.values():
+        for case in (*cases.values(), always):
             case.row, case.types = rows[case.run], place.types_told(case.run)
-        yield Played(cases, judge(recorder.entries), place.told(), time.monotonic() - began)
+        yield Played(cases, always, judge(recorder.entries), place.told())
 
 
-def _play(place: Place, recorder: Recorder, cases: list[Case]) -> None:
-    kinds = {"BLASTDOOR_BOUNDARIES": '["namespace"]'}
-    if not place.programs:
-        place.start("reaper", **kinds, **{KIND: "namespace"})
-        place.start("relay")
-    for case in cases:
-        case.worker = place.start(
-            "worker", **kinds, **{KIND: case.boundary}, BLASTDOOR_FAILPOINTS=case.spec,
-            BLASTDOOR_WORKER_CONCURRENCY="2" if case.stops else "1",
-        )  # fmt: skip
-    bell = CeleryDoorbell(place.redis.url)
-    for case in cases:
-        run = add_run(
-            place.store, boundary=case.boundary, scenario=make_scenario(steps=STEPS),
-            controls=make_controls(limits={"wall": "60s"}), max_queued=1000,
-        )  # fmt: skip
-        case.run = run.id
-        recorder.add("accepted", run=run.id, tenant="acme", key=None, token=None)
-        bell.ring(case.boundary)
-
-    def through() -> bool:
-        rows = {row["id"]: row for row in place.rows()}
-        for case in cases:
-            if case.stops and not case.woken:
-                case.woken = _wake(case, rows[case.run])
-        return place.settled() and all(case.woken or not case.stops for case in cases)
-
-    eventually(through, seconds=120, why=lambda: _said(place, cases))
-    for case in cases:
-        assert case.worker is not None
-        case.worker.end(polite_s=0)
-
-
-def _said(place: Place, cases: list[Case]) -> str:
-    """Of those that are not through."""
-    rows = {row["id"]: row for row in place.rows()}
-    late = [case for case in cases if rows[case.run]["phase"] != "finished" or (case.stops and not case.woken)]
-    logs = "\n".join(f"--- {case.spec}\n{case.worker.said()[:4000]}" for case in late[:3] if case.worker)
-    return f"{[(case.spec, case.woken, rows[case.run]) for case in late]}\n{logs}"
-
-
-def _wake(case: Case, row: dict[str, Any]) -> bool:
-    """Whoever stopped itself, once its run is somebody else's, or when it holds the lock that all others wait for."""
-    if not case.reached:
-        return False
-    (reached,) = case.reached
-    taken_over = row["phase"] == "finished" or (row["fence"] > 1 and row["phase"] == "running")
-    if not taken_over:
-        if Failpoint(str(reached["failpoint"])) not in IN_A_TRANSACTION:
-            return False
-        time.sleep(2.5)  # longer than the lease
-    os.kill(int(reached["pid"]), signal.SIGCONT)
-    return True
+def _play(place: Place, recorder: Recorder, cases: Mapping[tuple[Failpoint, Action], Case]) -> Case:
+    """-> the case whose failpoint acts each time."""
+    last = [case for case in cases.values() if case.action is Action.STOP and case.point in IN_A_TRANSACTION]
+    plan: list[tuple[Lane, list[Case]]] = []
+    for action, lanes in LANES.items():
+        mine = [case for case in cases.values() if case.action is action and case not in last]
+        for n in range(lanes):
+            # A second child takes over while the first is stopped.
+            concurrency = {"BLASTDOOR_WORKER_CONCURRENCY": "2" if action is Action.STOP else "1"}
+            plan.append((Lane(place, recorder, f"{action}{n}", **concurrency), mine[n::lanes]))
+    each_time = Lane(place, recorder, "each-time", BLASTDOOR_FAILPOINTS=ALWAYS)
+    always = Case(Failpoint.CLAIM_AFTER, Action.EXIT, run=each_time.submit())
+    with ThreadPoolExecutor(len(plan)) as pool:
+        for done in [pool.submit(lane.play, mine) for lane, mine in plan]:
+            done.result()
+    plan[-1][0].play(last)
+    return always
 
 
 @pytest.mark.parametrize("action", list(Action))
 @pytest.mark.parametrize("point", LINE)
 def test_a_run_ends_once_and_as_documented(played: Played, point: Failpoint, action: Action) -> None:
-    case = played.cases[f"{point}:{action}"]
+    case = played.cases[point, action]
 
-    assert len(case.reached) == 1, "it was reached, and acted once"
     assert (case.row["outcome"], case.row["reason"], case.row["attempt"]) in expected(point, action), played.told
     assert case.types.count("run.finished") == 1, case.types
     assert case.types.count("boundary.destroyed") == case.types.count("run.provisioning") == case.row["fence"]
@@ -172,10 +183,9 @@ def test_a_run_ends_once_and_as_documented(played: Played, point: Failpoint, act
 
 
 def test_a_worker_that_dies_after_each_claim_ends_the_run_at_the_third(played: Played) -> None:
-    case = played.cases[ALWAYS + " each time"]
+    case = played.always
 
-    assert len(case.reached) == 3
-    assert (case.row["outcome"], case.row["reason"]) == ("errored", "provision_failed")
+    assert (case.row["outcome"], case.row["reason"], case.row["attempt"]) == ("errored", "provision_failed", 3)
     assert case.types.count("run.finished") == 1
 
 

@@ -348,7 +348,7 @@ def test_two_sweeps_at_once_destroy_everything_overdue_and_record_each_once() ->
         start.wait()
         swept.append(sweep([boundary], site.store, site.hints, installation=INSTALLATION, site=SITE))
 
-    _at_once(reap, times=4)
+    at_once(reap, times=4)
 
     assert len(swept) == 4, "none of them failed"
     assert sum(one.recorded for one in swept) == len(overdue)
@@ -357,7 +357,7 @@ def test_two_sweeps_at_once_destroy_everything_overdue_and_record_each_once() ->
     assert all(types_told(site.store, held.run.id).count("boundary.destroyed") == 1 for held in overdue)
 
 
-def _at_once(work: Callable[[], None], *, times: int) -> None:
+def at_once(work: Callable[[], None], *, times: int) -> None:
     threads = [threading.Thread(target=work) for _ in range(times)]
     for thread in threads:
         thread.start()

@@ -190,6 +190,8 @@ class FakeBoundary:
         if ref.name in self.world.labels:
             raise ProvisionFailed(f"{ref.name} exists")
         reach(Failpoint.OPEN_BEFORE_CREATE)
+        if cancelled.is_set():
+            raise ProvisionFailed("not wanted any more, before anything was made")
         self.world.labels[ref.name] = ref
         try:
             reach(Failpoint.OPEN_HALF_CREATED)

@@ -41,7 +41,9 @@ async def serve(settings: Settings) -> None:
     counted.watch(pending=lambda: store.delivery_counts()[0], dead=lambda: store.delivery_counts()[1])
     metrics.serve_if_asked(registry, settings.metrics_address)
     hooks = HttpHooks(
-        excepted=read_pairs(settings.webhook_allow), user_agent=f"Blastdoor-Webhooks/{metrics.installed_version()}"
+        excepted=read_pairs(settings.webhook_allow),
+        ca_file=settings.webhook_ca_file,
+        user_agent=f"Blastdoor-Webhooks/{metrics.installed_version()}",
     )
     woken, stopped = asyncio.Event(), asyncio.Event()
 

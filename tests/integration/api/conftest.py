@@ -24,11 +24,13 @@ from service.adapters.redis_bus import RedisHints
 from service.adapters.sql.migrate import upgrade
 from service.adapters.sql_store import SqlStore
 from service.core.boundary import Capabilities
+from service.core.canary import CANARY_TENANT
 from service.core.ports import Claim, WorkerRecord
 from service.core.tenancy import KeyKind, Quota, Tenant
 from service.main import create_app, server_config
 from service.settings import Settings
 from service.usecases.keys import mint
+from tests.contract.store_steps import add_tenant, finished_run
 from tests.factories import make_capabilities, make_result
 from tests.servers import LOOPBACK, RedisServer
 
@@ -88,6 +90,11 @@ class Served:
         if hint:
             self.hints.hint("run", claim.run.id)
         return claim.run.id
+
+    def pass_canary(self) -> None:
+        """A run of the platform's own went through the whole pipeline just now."""
+        add_tenant(self.store, name=CANARY_TENANT)
+        finished_run(self.store, tenant=CANARY_TENANT)
 
     def show_worker(self, *capabilities: Capabilities) -> None:
         rows = capabilities or (make_capabilities(),)

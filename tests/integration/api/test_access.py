@@ -29,10 +29,11 @@ def _operations(served: Served) -> list[tuple[str, str]]:
 
 def test_every_route_takes_its_own_kinds_of_key_and_no_other(served: Served) -> None:
     operations = _operations(served)
-    assert len(operations) >= 31
+    assert len(operations) >= 38
     for method, path in operations:
         url = path.replace("{run_id}", new_run_id()).replace("{name}", "unknown").replace("{key_id}", "key_1")
         url = url.replace("{webhook_id}", "whk_1").replace("{delivery_id}", "dlv_1")
+        url = url.replace("{plan_id}", "cln_1").replace("{site}", "nowhere")
         for who in EVERYONE:
             headers = {"Blastdoor-Tenant": "corner"} if who == "shop" else {}
             answer = served.client(who).request(method, url, headers=headers)
@@ -45,6 +46,7 @@ def test_every_route_takes_its_own_kinds_of_key_and_no_other(served: Served) -> 
 
 
 def test_the_open_routes_are_exactly_those_that_are_meant_to_be_open(served: Served) -> None:
+    served.pass_canary()
     routes = {path for _, path in _operations(served)}
 
     without_key = {p for p in routes if served.client("nobody").get(p.replace("{", "").replace("}", "")).is_success}
@@ -151,6 +153,10 @@ def test_an_operator_makes_tenants_services_and_keys_that_work(served: Served) -
     assert operator.post("/v1/admin/services", json={"name": "market"}).json()["code"] == "service_exists"
     names = [row["name"] for row in operator.get("/v1/admin/tenants").json()["items"]]
     assert names == ["acme", "corner", "globex", "initech"]
+    services = operator.get("/v1/admin/services").json()["items"]
+    assert services == sorted(services, key=lambda row: row["name"])
+    assert {"id": service["id"], "name": "market"} in services
+    assert [row["name"] for row in services] == ["market", "shop"]
     assert operator.patch("/v1/admin/tenants/initech", json={"affinity": None}).json()["affinity"] is None
     assert operator.get("/v1/admin/workers").json()["items"][0]["capabilities"][0]["boundary"] == "gvisor"
     assert operator.delete("/v1/admin/tenants/initech").status_code == 204

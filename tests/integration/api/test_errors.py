@@ -315,12 +315,16 @@ def test_a_run_is_accepted_while_redis_is_away(tmp_path: Path, sqlite_database: 
 
         assert alone.claim().run.id == run["id"]
         readiness = check_problem(alone.client("nobody").get("/readyz"), status=503, code="unavailable")
-        assert readiness["checks"] == {"database": "ok", "redis": "failing", "worker": "ok"}
+        assert readiness["checks"] == {"database": "ok", "redis": "failing", "worker": "ok", "canary": "failing"}
         assert alone.client("nobody").get("/healthz").status_code == 200
 
 
-def test_ready_means_database_redis_and_a_worker(served: Served) -> None:
+def test_ready_means_database_redis_a_worker_and_a_canary_that_passed(served: Served) -> None:
     nobody = served.client("nobody")
+    problem = check_problem(nobody.get("/readyz"), status=503, code="unavailable")
+    assert problem["checks"] == {"database": "ok", "redis": "ok", "worker": "ok", "canary": "failing"}
+    served.pass_canary()
+    time.sleep(1.1)  # the last answer is kept for a second
     assert nobody.get("/readyz").json()["status"] == "ready"
     served.store.forget_worker("wrk_1")
     time.sleep(1.1)  # the last answer is kept for a second

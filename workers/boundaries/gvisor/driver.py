@@ -112,6 +112,8 @@ class GvisorBoundary:
         self._accept(spec, ref)
         place = self._places.place(ref.name)
         reach(Failpoint.OPEN_BEFORE_CREATE)
+        if cancelled.is_set():  # above all: a lease that was slept through. What stood under it is known to be gone
+            raise ProvisionFailed("not wanted any more, before anything was made")
         try:
             place.make(ref)
         except OSError as error:  # above all: the name is taken, and what has it is not ours to undo
