@@ -11,7 +11,7 @@ LOCK := .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --gen
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: root ## Start everything on this machine, run four scenarios behind a real wall, and leave nothing behind
+demo: root ## Start everything on this machine, run four scenarios and an application of many customers, and leave nothing behind
 	@scripts/setup.sh
 	@$(PYTHON) examples/demo.py $(ARGS)
 
