@@ -23,10 +23,10 @@ Level = Literal["debug", "info", "warning", "error"]
 MAX_VALUE = 8192
 """Characters of one text value; what a stranger sends must not fill the disk."""
 # Nothing of ours puts a secret into a record. These are for text that we did not write: a client library's exception
-# that quotes its URL, a path that somebody pasted a key into.
+# that quotes its URL, a path that somebody pasted a key into. Bounded, so that no text takes long to search.
 _SECRETS = re.compile(
     r"\b(?P<kept>bd_[tsa]_|whsec_)[A-Za-z0-9_+/=-]{8,}"
-    r"|(?P<scheme>[a-z][a-z0-9+.-]*://[^\s:/@\"\\]*:)[^\s@\"\\]+(?=@)"
+    r"|(?P<scheme>\b[a-z][a-z0-9+.-]{0,30}://[^\s:/@\"\\]{0,100}:)[^\s@\"\\]{1,300}(?=@)"
     r"|(?P<bearer>\b(?:Bearer|Basic) )[A-Za-z0-9._~+/=-]{8,}",
     re.ASCII | re.IGNORECASE,
 )

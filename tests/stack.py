@@ -35,6 +35,8 @@ SETTINGS = {
     "BLASTDOOR_CANARY_S": "600",  # one at the start; later ones would be among the runs that tests count
 }
 Document = dict[str, Any]
+DIED = b" exited with "
+"""How Celery's pool reports a child that ended otherwise than it should."""
 
 
 class NoStack(Exception):
@@ -102,6 +104,24 @@ class Stack:
         while more := {pid for pid, stat in parents.items() if stat and int(stat[1]) in line} - line:
             line |= more
         return {pid: stat[19] for pid in line if (stat := parents.get(pid))}
+
+    def pool(self) -> list[int]:
+        """The worker's children, which play the runs."""
+        worker = str(self.children["worker"])
+        return [pid for pid in self.worker_processes() if (stat := _stat(pid)) and stat[1] == worker]
+
+    @contextmanager
+    def no_worker_dies(self) -> Iterator[None]:
+        """The worker is the same process afterwards, and has missed none of its children. Celery replaces a child
+        after 50 runs, and says nothing then; one that died it reports."""
+        worker, log = self.children["worker"], self.state / "logs" / "worker.log"
+        already = log.stat().st_size
+        yield
+        assert self.children["worker"] == worker, "the worker itself died"
+        with log.open("rb") as lines:
+            lines.seek(already)
+            dead = [line for line in lines if DIED in line]
+        assert not dead, f"worker processes died: {dead}"
 
     def worker_rss_bytes(self) -> int:
         """Resident memory of the worker's own processes, the sandboxes' left out."""

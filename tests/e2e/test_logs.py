@@ -7,7 +7,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -37,15 +37,9 @@ class Seen:
 
 def hostile(stack: Stack) -> str:
     """A guest, clients and somebody on the broker who do what they can. -> the run."""
-    run_id = submit(
-        stack.tenant,
-        {
-            "run": f"printf '%s\\n' '{FORGED}' >&2; printf '\\033]0;x\\007\\r\\n%s\\n::set-env name=A::b\\n' '{FORGED}'; exit 3"
-        },
-        ["/no/such/program\n" + FORGED],
-        name=f"{MARK} \u2028\x9b",
-        metadata={"a": FORGED},
-    )
+    wild = f"printf '\\033]0;x\\007\\r\\n%s\\n::set-env name=A::b\\n' '{FORGED}'"
+    steps = (f"printf '%s\\n' '{FORGED}' >&2; {wild}; exit 3", ["/no/such/program\n" + FORGED])
+    run_id = submit(stack.tenant, *steps, name=MARK, metadata={"a": FORGED})
     finished(stack.tenant, run_id)
     url = urlsplit(stack.ready["url"])
     with httpx.Client(base_url=stack.ready["url"], trust_env=False) as client:
@@ -57,9 +51,10 @@ def hostile(stack: Stack) -> str:
         raw.settimeout(30)
         raw.recv(1000)
     with redis.Redis.from_url(stack.ready["redis_url"]) as broker:
-        message = {"body": FORGED, "content-type": FORGED, "content-encoding": "utf-8", "headers": {}, "properties": {
-            "delivery_info": {"exchange": "", "routing_key": "boundary.gvisor"}, "delivery_tag": "x", "body_encoding": "",
-        }}  # fmt: skip
+        delivery = {"exchange": "", "routing_key": "boundary.gvisor"}
+        properties = {"delivery_info": delivery, "delivery_tag": "x", "body_encoding": ""}
+        message = {"body": FORGED, "content-type": FORGED, "content-encoding": "utf-8", "headers": {}}
+        message["properties"] = properties
         broker.lpush("boundary.gvisor", json.dumps(message))
     log = stack.state / "logs" / "worker.log"
     assert eventually(lambda: "message_dropped" in log.read_text())
@@ -67,7 +62,7 @@ def hostile(stack: Stack) -> str:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     directory = tmp_path_factory.mktemp("logged")
     try:
         with run_stack(directory, BLASTDOOR_METRICS_ADDRESS="127.0.0.1:0") as stack:
@@ -78,11 +73,11 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
         if os.environ.get("CI"):
             raise
         pytest.skip(str(lacking))
-    yield Seen({name: split(directory / "state" / "logs" / f"{name}.log") for name in PROGRAMS}, secrets, run_id)
+    return Seen({name: split(directory / "state" / "logs" / f"{name}.log") for name in PROGRAMS}, secrets, run_id)
 
 
 def passwords(stack: Stack) -> list[str]:
-    """Redis' of the operator and of the processes, and the key of webhooks' secrets, from the processes' environment."""
+    """Redis' of the operator and of the processes, and the key of webhooks' secrets, from a process' environment."""
     environment = Path(f"/proc/{stack.children['api']}/environ").read_bytes().decode().split("\0")
     values = dict(line.partition("=")[::2] for line in environment if line)
     urls = (stack.ready["redis_url"], values["BLASTDOOR_REDIS_URL"])
@@ -120,8 +115,9 @@ def test_every_line_from_start_to_end_is_a_record_of_its_program(seen: Seen, pro
 def test_control_what_would_be_a_forgery_is_seen() -> None:
     honest = json.dumps({"event": "a", "level": "info", "timestamp": "t", "program": "api", "text": FORGED})
     assert impure("api", [honest]) == []
-    for line in (FORGED, "", "Traceback (most recent call last):", "[]", honest.replace('"a"', f'"{MARK}"'),
-                 honest.replace("api", "worker"), honest.replace("info", "\x1b[31m"), " -------------- celery@x v5.7"):  # fmt: skip
+    banner, trace = " -------------- celery@x v5.7", "Traceback (most recent call last):"
+    others = [honest.replace(*words) for words in (('"a"', f'"{MARK}"'), ("api", "worker"), ("info", "\x1b[31m"))]
+    for line in (FORGED, "", "[]", banner, trace, *others):
         assert impure("api", [line]) == [line]
 
 
@@ -138,7 +134,7 @@ def test_what_strangers_wrote_is_there_and_only_as_a_value(seen: Seen) -> None:
 
 def test_no_secret_is_in_any_of_them(seen: Seen) -> None:
     everything = "\n".join(line for lines in seen.logs.values() for line in lines)
-    assert "[hidden]" in everything, "one was pasted into a path, which is logged"
+    assert "bd_s_[hidden]" in everything, "one was pasted into a path, which is logged"
     assert seen.run_id in everything, "the search finds what is there"
     assert len(seen.secrets) >= 6
     assert [secret for secret in seen.secrets if secret in everything] == []

@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import pytest
@@ -46,7 +45,7 @@ def is_ready(stack: Stack) -> bool:
 @contextmanager
 def hanging(stack: Stack) -> Iterator[None]:
     """The worker's pool does nothing any more, while its parent goes on saying that it lives."""
-    pool = [pid for pid in stack.worker_processes() if _parent(pid) == stack.children["worker"]]
+    pool = stack.pool()
     assert pool
     for pid in pool:
         os.kill(pid, signal.SIGSTOP)
@@ -55,10 +54,6 @@ def hanging(stack: Stack) -> Iterator[None]:
     finally:
         for pid in pool:
             os.kill(pid, signal.SIGCONT)
-
-
-def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_it_is_ready_once_a_canary_has_passed(quick: Stack) -> None:

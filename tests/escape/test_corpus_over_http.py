@@ -5,6 +5,8 @@ fail. What is checked is what the host sees (control groups, processes, mounts) 
 """
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +17,19 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 
-from tests.stack import Document, Stack, finished, python, read, started, submit, watched, watching
+from tests.stack import (
+    DIED,
+    Document,
+    Stack,
+    eventually,
+    finished,
+    python,
+    read,
+    started,
+    submit,
+    watched,
+    watching,
+)
 from tests.sweep import sweep
 
 MIB, KIB = 2**20, 2**10
@@ -36,10 +50,19 @@ def stranded(stack: Stack, run: Document) -> list[str]:
 @pytest.fixture
 def same_worker(stack: Stack) -> Iterator[None]:
     """No attack may cost us a process."""
-    before = stack.worker_processes()
-    yield
-    after = stack.worker_processes()
-    assert before.items() <= after.items(), f"worker processes died: {before.keys() - after.keys()}"
+    with stack.no_worker_dies():
+        yield
+
+
+def test_control_a_child_that_is_killed_is_noticed(stack: Stack) -> None:
+    def lose_one() -> None:
+        log = stack.state / "logs" / "worker.log"
+        reported = log.read_bytes().count(DIED)
+        os.kill(stack.pool()[0], signal.SIGKILL)
+        assert eventually(lambda: log.read_bytes().count(DIED) > reported)
+
+    with pytest.raises(AssertionError, match="worker processes died"), stack.no_worker_dies():
+        lose_one()
 
 
 @pytest.mark.usefixtures("same_worker")

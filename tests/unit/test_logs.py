@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,6 +86,15 @@ def test_what_looks_like_a_secret_of_ours_is_hidden_wherever_it_stands(
     assert secret not in stream.getvalue()
     assert [line["level"] for line in _lines(stream)] == ["warning", "warning"]
     assert stream.getvalue().count(logs.HIDDEN) == 2
+
+
+def test_the_search_for_secrets_takes_no_longer_for_text_made_to_be_hard_to_search(stream: io.StringIO) -> None:
+    began = time.process_time()
+    for text in ("a" * 8000, "a." * 4000, "a://b:" * 1300, "a://:" + "x" * 8000, "redis://" + "a" * 8000):
+        structlog.get_logger().info("said", text=text)
+
+    assert len(_lines(stream)) == 5
+    assert time.process_time() - began < 1.0, "an unbounded pattern takes about a second for each"
 
 
 def test_a_value_that_cannot_be_written_does_not_lose_the_record(stream: io.StringIO) -> None:
