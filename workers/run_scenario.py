@@ -43,7 +43,7 @@ from service.core.run import Outcome, Reason, Result, Verdict, output_name
 from service.core.scenario import Step
 from service.core.verdict import JudgedStep, judge_files, judge_run, judge_step, skipped
 from workers.live import Live
-from workers.watch import Watch, WatchTimes
+from workers.watch import Watch, WatchTimes, monotonic
 
 ALWAYS_GRACE_S = 10.0
 """Steps marked `always` still run after the run's time is over, for at most so long in all."""
@@ -134,7 +134,7 @@ def run_waiting(line: Line) -> bool:
     When another run could be claimed afterwards, the doorbell is rung for it: a ring that found its tenant at its cap
     was used up, so whoever frees the place passes the ring on.
     """
-    asked = time.monotonic()
+    asked = monotonic()
     claim = line.runs.claim(
         worker_id=line.worker_id,
         site=line.site,

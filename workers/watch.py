@@ -15,6 +15,11 @@ from service.core.ports import Heartbeat, RunLine
 log = structlog.get_logger()
 
 
+def monotonic() -> float:
+    """Seconds by the clock that leases are kept by."""
+    return time.monotonic()
+
+
 @dataclass(frozen=True, kw_only=True)
 class WatchTimes:
     """`cancel_poll` is how often the database is asked; every `heartbeat` the lease is renewed with it."""

@@ -92,8 +92,17 @@ class BoundaryShown(BaseModel):
         )  # fmt: skip
 
 
+class SiteShown(BaseModel):
+    """`silent`: it has not looked for long; what it had counts as quarantined."""
+
+    name: str
+    last_seen_at: datetime
+    silent: bool
+
+
 class BoundaryPage(BaseModel):
     items: list[BoundaryShown]
+    sites: list[SiteShown]
 
 
 class RefShown(BaseModel):

@@ -22,6 +22,7 @@ from service.api.operating import (
     DrainAsked,
     PurgeAsked,
     PurgeShown,
+    SiteShown,
     WorkerPage,
     WorkerShown,
 )
@@ -44,8 +45,17 @@ _CURSOR = r"^aud_[0-9a-f]{32}$"
 async def list_boundaries(context: InContext, operator: AnOperator) -> BoundaryPage:
     """As each site's reaper found it when it last looked (`observed_at`)."""
     deps = context.deps
-    rows = await context.store(cleanup.list_boundaries, deps.custody, silent_after=deps.bounds.site_silent)
-    return BoundaryPage(items=[BoundaryShown.of(row) for row in rows])
+    silent_after = deps.bounds.site_silent
+
+    def page() -> BoundaryPage:
+        rows, now = cleanup.list_boundaries(deps.custody, silent_after=silent_after), deps.custody.now()
+        sites = [
+            SiteShown(name=s.name, last_seen_at=s.last_seen_at, silent=s.is_silent(now=now, after=silent_after))
+            for s in deps.custody.sites()
+        ]
+        return BoundaryPage(items=[BoundaryShown.of(row) for row in rows], sites=sites)
+
+    return await context.store(page)
 
 
 @router.post(

@@ -45,14 +45,12 @@ def boundaries(reach: Reach) -> None:
     if not found["items"]:
         print_line(make_console(), "nothing stands on any site")
         return
-    print_table(
-        make_console(), ("boundary", "state", "site", "tenant", "created"), map(_boundary_row, found["items"]),
-        wide="boundary",
-    )  # fmt: skip
+    columns = ("boundary", "state", "site", "tenant")
+    print_table(make_console(), columns, map(_boundary_row, found["items"]), wide="tenant")
 
 
 def _boundary_row(row: Mapping[str, Any]) -> tuple[object, ...]:
-    return row["name"], row["state"], row["site"], row["tenant"] or "", row["created_at"]
+    return row["name"], row["state"], row["site"], row["tenant"] or ""
 
 
 @reaching(for_a_tenant=False)
@@ -129,7 +127,12 @@ def _show(shown: Mapping[str, Any], *, as_json: bool) -> None:
         print_line(console, "nothing is in that scope")
         return
     rows = [(line["ref"]["name"], line["action"], line["result"] or line["why"]) for line in shown["actions"]]
-    print_table(console, ("boundary", "action", "result" if shown["applied"] else "why"), rows, wide="boundary")
+    print_table(
+        console,
+        ("boundary", "action", "result" if shown["applied"] else "why"),
+        rows,
+        wide="result" if shown["applied"] else "why",
+    )
     if not shown["applied"]:
         print_line(
             console, "a dry run; to do exactly this: blastdoor admin cleanup --apply --plan ", quoted(shown["id"])

@@ -8,6 +8,8 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
+from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
 from typing import NoReturn
@@ -23,6 +25,15 @@ TEXT = b"print('hello')\n"
 DIGEST = f"sha256:{hashlib.sha256(TEXT).hexdigest()}"
 NOT_DIGESTS = ["", "sha256:", "sha256:" + "0" * 63, "sha256:" + "0" * 65, "sha256:../../etc/passwd", "md5:" + "0" * 32,
                "sha256:" + "A" * 64, "sha256:" + "0" * 64 + "\n"]  # fmt: skip
+
+
+HOUR = timedelta(hours=1)
+
+
+def age(blobs: Blobs, tenant: str, digest: str) -> None:
+    """As if it had been stored two hours ago."""
+    ago = time.time() - 7200
+    os.utime(blobs.path(tenant, digest), (ago, ago))
 
 
 @pytest.fixture(params=["files", "memory"])
@@ -89,6 +100,32 @@ class TestEveryBlobs:
         blobs.delete("acme", DIGEST)
         blobs.delete("acme", DIGEST)
 
+    def test_what_is_old_is_listed_for_each_tenant_and_discarded_when_it_is_old(self, blobs: Blobs) -> None:
+        for tenant in ("acme", "other"):
+            blobs.put_bytes(tenant, TEXT)
+        young = blobs.put_bytes("acme", b"young")
+        age(blobs, "acme", DIGEST)
+
+        assert list(blobs.older_than("acme", HOUR)) == [DIGEST]
+        assert list(blobs.older_than("other", HOUR)) == list(blobs.older_than("nobody", HOUR)) == []
+        assert [blobs.discard("acme", digest, age=HOUR) for digest in (DIGEST, young, "sha256:" + "0" * 64)] == [
+            True, False, False
+        ]  # fmt: skip
+        assert blobs.path("acme", young).read_bytes() == b"young"
+        assert blobs.path("other", DIGEST).read_bytes() == TEXT
+        with pytest.raises(NotFound):
+            blobs.path("acme", DIGEST)
+
+    def test_clearing_a_tenant_leaves_nothing_of_it_and_all_of_the_others(self, blobs: Blobs) -> None:
+        for tenant in ("acme", "other"):
+            blobs.put_bytes(tenant, TEXT)
+        for _ in range(2):
+            blobs.clear("acme")
+
+        assert list(blobs.older_than("acme", timedelta(0))) == []
+        assert blobs.path("other", DIGEST).read_bytes() == TEXT
+        assert blobs.put_bytes("acme", TEXT) == DIGEST, "and it can be stored again"
+
     def test_staging_is_private_and_gone_afterwards(self, blobs: Blobs) -> None:
         with blobs.staging() as staging:
             (staging / "deep").mkdir()
@@ -116,6 +153,41 @@ class TestFiles:
     @pytest.fixture
     def blobs(self, root: Path) -> FileBlobs:
         return FileBlobs(root)
+
+    def test_one_that_is_stored_again_while_it_is_discarded_stays(
+        self, blobs: FileBlobs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was old when it was listed; the same bytes come again just before it is moved aside."""
+        blobs.put_bytes("acme", TEXT)
+        age(blobs, "acme", DIGEST)
+        rename = Path.rename
+
+        def late(self: Path, target: Path) -> Path:
+            if target.name == "discarded":
+                monkeypatch.setattr(Path, "rename", rename)
+                blobs.put_bytes("acme", TEXT)
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", late)
+
+        assert not blobs.discard("acme", DIGEST, age=HOUR)
+        assert blobs.path("acme", DIGEST).read_bytes() == TEXT
+        age(blobs, "acme", DIGEST)
+        assert blobs.discard("acme", DIGEST, age=HOUR), "nobody stores it: it goes"
+
+    def test_a_newer_one_is_not_put_back_over(self, blobs: FileBlobs, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Twice: before it is moved aside, and again before it is put back."""
+        blobs.put_bytes("acme", TEXT)
+        link = Path.hardlink_to
+
+        def later(self: Path, target: Path) -> None:
+            blobs.put_bytes("acme", TEXT)
+            link(self, target)
+
+        monkeypatch.setattr(Path, "hardlink_to", later)
+
+        assert not blobs.discard("acme", DIGEST, age=HOUR)
+        assert blobs.path("acme", DIGEST).read_bytes() == TEXT
 
     @pytest.mark.parametrize("digest", NOT_DIGESTS)
     def test_what_is_no_digest_names_nothing(self, blobs: FileBlobs, digest: str) -> None:

@@ -258,11 +258,11 @@ class Place:
             "SELECT id, tenant, phase, outcome, reason, attempt, fence, destroyed_fence, lease_owner FROM run "
             "ORDER BY id"
         )
-        return self._query(query)
+        return self.query(query)
 
     def outbox(self, run_id: str | None = None) -> list[dict[str, Any]]:
         """Every event, oldest first: run_id, seq, event (a dict), pub_seq, published."""
-        rows = self._query("SELECT run_id, seq, event, pub_seq, published FROM outbox ORDER BY run_id, seq")
+        rows = self.query("SELECT run_id, seq, event, pub_seq, published FROM outbox ORDER BY run_id, seq")
         return [row | {"event": json.loads(row["event"])} for row in rows if run_id in (None, row["run_id"])]
 
     def types_told(self, run_id: str) -> list[str]:
@@ -270,7 +270,7 @@ class Place:
 
     def settled(self) -> bool:
         """Every run is finished, what it had is known to be gone, and all of it was published."""
-        rows = self._query(
+        rows = self.query(
             "SELECT (SELECT count(*) FROM run WHERE phase <> 'finished' OR fence <> destroyed_fence) AS runs, "
             "(SELECT count(*) FROM outbox WHERE published IS NOT TRUE AND tenant NOT LIKE '\\_%' ESCAPE '\\') AS events"
         )
@@ -293,7 +293,7 @@ class Place:
         self.engine.dispose()
         self.store.close()
 
-    def _query(self, query: str) -> list[dict[str, Any]]:
+    def query(self, query: str) -> list[dict[str, Any]]:
         with self.engine.connect() as connection:
             return [dict(row._mapping) for row in connection.execute(sa.text(query))]
 

@@ -14,10 +14,14 @@ import random
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakSet
 
 from service.adapters.failpoints import act
-from service.core.failpoints import Failpoint, install, parse
+from service.adapters.sql.engine import Database
+from service.core.failpoints import Action, Failpoint, install, parse
 
 ROLES = ("worker", "reaper", "api", "relay")
 PAPER = "PAPER"
@@ -35,6 +39,7 @@ def run(role: str) -> int:
 
         registry.DRIVERS = dict.fromkeys(BoundaryKind, "tests.faults.paper:PaperBoundary")
     if path := os.environ.get(FAULT_FILE):
+        _know_databases()
         install(lambda point: _act_once(point, path))
     if role == "api":
         from service.main import main as serve
@@ -50,6 +55,30 @@ def run(role: str) -> int:
     return start(role)
 
 
+@contextmanager
+def _holding_no_lock(*, stops: bool, in_a_transaction: bool) -> Iterator[None]:
+    """SQLite has one write lock: if the thread that keeps the lease held it when the process stops, all others would
+    stop too. That is another fault than the one that was asked for."""
+    with ExitStack() as held:
+        if stops and not in_a_transaction:
+            for database in list(_DATABASES):
+                held.enter_context(database._writing)
+        yield
+
+
+_DATABASES: "WeakSet[Database]" = WeakSet()
+
+
+def _know_databases() -> None:
+    made = Database.__init__
+
+    def make(self: Database, *args: Any, **more: Any) -> None:
+        made(self, *args, **more)
+        _DATABASES.add(self)
+
+    Database.__init__ = make  # type: ignore[method-assign]
+
+
 def _act_once(point: Failpoint, path: str) -> None:
     try:
         with open(path) as file:
@@ -59,7 +88,8 @@ def _act_once(point: Failpoint, path: str) -> None:
         os.rename(path, f"{path}.{os.getpid()}")
     except FileNotFoundError:
         return
-    act(armed)
+    with _holding_no_lock(stops=armed.action is Action.STOP, in_a_transaction=point.value.endswith("before_commit")):
+        act(armed)
 
 
 _MODULES = (

@@ -3,6 +3,7 @@ an orphan. A worker whose canary is destroyed believes that it can build nothing
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from service.adapters.memory import MemoryHints, MemoryStore
 from service.core.boundary import BoundaryRef
 from service.core.errors import NotYetDestroyed
 from service.core.ids import new_run_id
-from tests.sandboxes import gvisor_boundary, require_gvisor
+from tests.sandboxes import Never, gvisor_boundary, make_ref, make_spec, require_gvisor
 from workers.boundaries.gvisor import probe
 from workers.boundaries.gvisor.driver import GvisorBoundary
 from workers.boundaries.gvisor.places import Places
@@ -99,3 +100,23 @@ def test_a_boundary_that_gets_its_name_while_it_is_listed_has_its_label(
     monkeypatch.setattr("workers.boundaries.gvisor.places.os.scandir", late)
 
     assert list(places.labels()) == [ref]
+
+
+def test_what_resists_is_waited_for_once_and_then_hardly_at_all(
+    boundary: GvisorBoundary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker lives and holds the tmpfs: each sweep comes back to it, and must not spend its time on it."""
+    monkeypatch.setattr("workers.boundaries.gvisor.driver._CLEAR_S", 2.0)
+    reaper = GvisorBoundary(boundary.host)
+    ref = make_ref(installation=boundary.host.installation)
+    took = []
+    with boundary.open(make_spec(), ref, cancelled=Never()):
+        for _ in range(3):
+            began = time.monotonic()
+            with pytest.raises(NotYetDestroyed):
+                reaper.destroy(ref)
+            took.append(time.monotonic() - began)
+    reaper.destroy(ref)
+
+    assert took[0] >= 2.0
+    assert min(took[1:]) < 1.5

@@ -132,6 +132,15 @@ class TestPlaces:
         place.remove()
         assert not place.exists
 
+    def test_what_was_made_below_a_tmpfs_that_was_unmounted_meanwhile_is_removed_too(self, tmp_path: Path) -> None:
+        places = Places(runtime_dir=tmp_path, installation="abc", site="here")
+        place = places.place(make_ref(installation="abc").name)
+        place.make(make_ref(installation="abc"))
+        for part in ("work", "tmp"):
+            (place.fs / part).mkdir()
+        place.remove()
+        assert not place.exists
+
     def test_what_is_not_ours_is_not_removed(self, tmp_path: Path) -> None:
         places = Places(runtime_dir=tmp_path, installation="abc", site="here")
         ref = make_ref(installation="abc")

@@ -13,7 +13,7 @@ from service.core.boundary import Artifact
 from service.core.errors import NotFound, QuotaExceeded, Unavailable
 from service.core.ids import new_run_id
 from service.core.run import Run
-from service.relay.housekeeping import EVERY, FIRST_AFTER, Housekeeping
+from service.relay.housekeeping import EVERY, FIRST_AFTER, OFTEN, Housekeeping
 from service.usecases.downloads import Download, open_artifact, open_output
 from service.usecases.retention import FRESH, Purged, purge
 from tests.factories import make_result, make_step_result, make_tenant
@@ -230,6 +230,27 @@ def test_the_leader_keeps_house_once_an_hour_and_a_standby_never() -> None:
     house.step()
 
     assert len(done) == 2
+
+
+def test_what_is_to_be_done_often_is_done_by_the_leader_and_an_error_ends_nothing() -> None:
+    clock, done, leads = Clock(), [], [False]
+
+    def often() -> int:
+        done.append(clock.now)
+        raise Unavailable("the database is busy")
+
+    house = Housekeeping(Purged, leading=lambda: leads[0], often=often, clock=clock)
+    clock.now += OFTEN.total_seconds()
+    house.step()
+    leads[0] = True
+    with capture_logs() as log:
+        for _ in range(3):
+            house.step()
+        clock.now += OFTEN.total_seconds()
+        house.step()
+
+    assert done == [clock.now - OFTEN.total_seconds(), clock.now]
+    assert [entry["event"] for entry in log] == ["housekeeping_interrupted"] * 2
 
 
 def test_what_could_not_be_purged_is_said_and_tried_again_in_an_hour() -> None:

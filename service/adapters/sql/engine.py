@@ -26,6 +26,9 @@ from service.core.errors import BlastdoorError, StorageFull, Unavailable
 Synchronous = Literal["FULL", "NORMAL"]
 LOCK_TIMEOUT = timedelta(seconds=10)
 """How long a statement waits for another transaction before the caller is told to try again."""
+IDLE_TIMEOUT = timedelta(seconds=10)
+"""PostgreSQL ends a transaction whose client has said nothing for so long. SQLite has no such thing: whoever stops a
+process in the middle of a write stops every writer, until it goes on or dies."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -189,6 +192,8 @@ class Database:
         def _prepare(connection: DBAPIConnection, record: object) -> None:
             cursor = connection.cursor()
             cursor.execute(f"SET lock_timeout = {LOCK_TIMEOUT // timedelta(milliseconds=1)}")
+            # A process that was stopped in the middle of a claim would keep everybody else from claiming.
+            cursor.execute(f"SET idle_in_transaction_session_timeout = {IDLE_TIMEOUT // timedelta(milliseconds=1)}")
             cursor.close()
             connection.commit()
 

@@ -67,8 +67,10 @@ class Place:
         for directory in (self.unlabelled, self.directory):
             for part in ("bundle", "runsc"):
                 _remove_flat(directory / part)
-            with suppress(FileNotFoundError):  # not made yet, or another process removes it too
-                (directory / "fs").rmdir()
+            # Whose tmpfs was unmounted under it while it was still being made has put its directories below.
+            for part in ("fs/work", "fs/tmp", "fs"):
+                with suppress(FileNotFoundError):  # not made yet, or another process removes it too
+                    (directory / part).rmdir()
             with suppress(FileNotFoundError):
                 (directory / _REF).unlink()
             with suppress(FileNotFoundError):
