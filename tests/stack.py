@@ -110,8 +110,8 @@ class Stack:
 
     @contextmanager
     def no_worker_dies(self) -> Iterator[None]:
-        """The worker is the same process afterwards, with as many children. Which ones is Celery's business: it replaces
-        a child after 50 runs."""
+        """The worker is the same process afterwards, with as many children. Which ones is Celery's business: it
+        replaces a child after 50 runs."""
         worker, children = self.children["worker"], len(self.pool())
         yield
         assert self.children["worker"] == worker, "the worker itself died"
