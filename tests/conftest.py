@@ -1,5 +1,6 @@
 """Fixtures that more than one folder uses: real servers, started once, and a fresh database for each test."""
 
+import signal
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from tests.summary import ran
 # How long an example takes says something of the machine, not of the code.
 settings.register_profile("blastdoor", deadline=None)
 settings.load_profile("blastdoor")
+
+# A shell that starts the tests in the background has them ignore it, and whatever they start as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["pytester", "tests.ground_rules"]
 
