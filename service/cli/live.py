@@ -90,16 +90,19 @@ class Live:
     def show(self, event: Event) -> None:
         self._rest()
         if isinstance(event, PhaseEvent):
-            self.phase(event.phase, event.queue_position)
+            self.phase(event.phase, event.queue_position, event.message)
         elif isinstance(event, ProgressEvent):
             self._progress(event)
         elif isinstance(event, OutputEvent):
             self._output(event)
 
-    def phase(self, phase: str, queue_position: int | None = None) -> None:
+    def phase(self, phase: str, queue_position: int | None = None, message: str | None = None) -> None:
+        """`message`: why it waits."""
         self._end_lines()
         place = f", {queue_position} in the queue" if phase == "queued" and queue_position is not None else ""
-        self._say(f"{self._run_id}: {PHASES.get(phase, phase)}{place}", waits=phase not in ("running", "finished"))
+        why = f": {message}" if phase == "queued" and message else ""
+        words = f"{self._run_id}: {PHASES.get(phase, phase)}{place}{why}"
+        self._say(words, waits=phase not in ("running", "finished"))
 
     def lost(self, error: ClientError) -> None:
         """The connection; it is being made again."""

@@ -42,7 +42,11 @@ def print_run(console: Console, run: Mapping[str, Any], *, tails: bool = True) -
 
 def _how_it_went(run: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     yield "run", run["id"]
-    yield "reason", ": ".join(str(part) for part in (run["reason"], run["message"]) if part)
+    if run["phase"] == "queued":
+        place = run["queue_position"] and f"{run['queue_position']} in the queue"
+        yield "waits", ": ".join(part for part in (place, run["message"]) if part)
+    else:
+        yield "reason", ": ".join(str(part) for part in (run["reason"], run["message"]) if part)
     if usage := run["usage"]:
         times = f"{seconds_text(usage['wall_s'])} wall, {seconds_text(usage['cpu_s'])} CPU"
         yield "used", f"{times}, {bytes_text(usage['peak_memory_bytes'])} memory at most"

@@ -18,7 +18,7 @@ _ID = re.compile(r"(\d{1,18})\.(\d{1,18})", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseEvent:
-    """A run has come into a phase. `queue_position` from 1, while it is queued."""
+    """A run has come into a phase. `queue_position` from 1, while it is queued, and what it waited for then."""
 
     id: str
     phase: str
@@ -27,6 +27,8 @@ class PhaseEvent:
     outcome: str | None = None
     reason: str | None = None
     queue_position: int | None = None
+    queue_reason: str | None = None
+    message: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

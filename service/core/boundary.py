@@ -6,7 +6,7 @@ read back. The values that come out of a sandbox are observations from the host'
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
@@ -103,11 +103,15 @@ def boundary_name(run_id: str, fence: int) -> str:
 
 
 class BoundarySpec(_Frozen):
-    """What to build. It does not depend on the number of steps: one shape serves 1 and 100."""
+    """What to build. It does not depend on the number of steps: one shape serves 1 and 100.
+
+    `lifetime`: after so long its supervisor ends it, by a clock that nobody sets; when absent, at the reference's
+    `expires_at`, by the host's own clock."""
 
     limits: Limits
     network: Network
     runtime: str = "default"
+    lifetime: timedelta | None = None
 
 
 class Bundle(_Frozen):

@@ -33,6 +33,8 @@ class Failpoint(StrEnum):
     RELAY_ADDED = "relay.added"
     REAPER_BEFORE_DESTROY = "reaper.before_destroy"
     REAPER_DESTROYED = "reaper.destroyed"
+    HOOK_CLAIMED = "hook.claimed"
+    HOOK_SENT = "hook.sent"
 
 
 PLACES: Mapping[Failpoint, frozenset[str]] = {
@@ -64,6 +66,8 @@ PLACES: Mapping[Failpoint, frozenset[str]] = {
     Failpoint.RELAY_ADDED: frozenset({"service.relay.relay:Relay._publish"}),
     Failpoint.REAPER_BEFORE_DESTROY: frozenset({"workers.reaper:_destroyed"}),
     Failpoint.REAPER_DESTROYED: frozenset({"workers.reaper:_destroyed"}),
+    Failpoint.HOOK_CLAIMED: frozenset({"service.relay.webhooks.dispatcher:Dispatcher._begin"}),
+    Failpoint.HOOK_SENT: frozenset({"service.relay.webhooks.dispatcher:Dispatcher._attempt"}),
 }
 """Name to `module:function` of each place that reaches it."""
 

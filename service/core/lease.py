@@ -26,6 +26,8 @@ class LeaseView(BaseModel):
     created_at: datetime
     destroyed_fence: int = 0
     """The highest fence whose boundary was observed to be gone."""
+    quarantined_fence: int = 0
+    """The highest fence whose boundary was said to be quarantined."""
     cancel_requested_by: str | None = None
 
     @property

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from service.core.run import Outcome, Phase, Reason
+from service.core.run import Outcome, Phase, QueueReason, Reason
 
 Mark = tuple[int, int]
 START: Mark = (0, 0)
@@ -76,6 +76,9 @@ class PhaseView(_Frozen):
     outcome: Outcome | None
     reason: Reason | None
     queue_position: int | None
+    queue_reason: QueueReason | None = None
+    message: str | None = None
+    """Of the reason."""
 
 
 class NewsPage(_Frozen):
@@ -100,10 +103,11 @@ def render_phase(view: PhaseView) -> str:
     return one_line(view.model_dump(mode="json"))
 
 
-def render_told_phase(event: Mapping[str, Any], *, queue_position: int | None = None) -> str:
-    """The phase of one of the run's events."""
+def render_told_phase(event: Mapping[str, Any], *, now: PhaseView | None = None) -> str:
+    """The phase of one of the run's events. `now`: the run is still in it."""
     told = {name: event["data"].get(name) for name in ("phase", "attempt", "outcome", "reason")}
-    return one_line({"phase": told.pop("phase"), "at": event["time"], **told, "queue_position": queue_position})
+    queue = {name: getattr(now, name, None) for name in ("queue_position", "queue_reason", "message")}
+    return one_line({"phase": told.pop("phase"), "at": event["time"], **told, **queue})
 
 
 def render_progress(

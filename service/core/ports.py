@@ -16,9 +16,11 @@ from service.core.boundary import Bundle, Capabilities
 from service.core.canary import CanaryView
 from service.core.lease import LeaseView
 from service.core.news import Mark, Newest, News, NewsPage
+from service.core.readers import Span, StreamState
 from service.core.run import Outcome, Phase, Result, Run, Verdict
 from service.core.scenario import Scenario
 from service.core.tenancy import KeyKind, Principal, Tenant
+from service.core.waiting import QueueView
 
 
 class _Frozen(BaseModel):
@@ -80,6 +82,11 @@ class RunStore(Protocol):
         self, tenant: str | None, *, phase: Phase | None, outcome: Outcome | None, limit: int, before: str | None
     ) -> Page:
         """Newest first. `before` is a run id; runs of internal tenants (names that start with `_`) are never listed."""
+        ...
+
+    def queue_views(self, run_ids: Sequence[str], *, worker_fresh: timedelta) -> Mapping[str, QueueView]:
+        """What those of the runs that are queued wait with; the others are left out. A worker that was silent for
+        `worker_fresh` does not count."""
         ...
 
     def request_cancel(self, run_id: str, tenant: str | None, *, by: str) -> Run:
@@ -372,6 +379,19 @@ class Outbox(Protocol):
         """Redis' run_id, as the relay last saw it: a new one means that the stream may have been lost."""
         ...
 
+    def owed(self) -> Mapping[str, Sequence[Span]]:
+        """By consumer group: numbers that were trimmed off the bus before the group had acknowledged them."""
+        ...
+
+    def record_owed(self, owner: str, owed: Mapping[str, Sequence[Span]]) -> bool:
+        """Replaces all of it, while `owner` leads. -> whether it was written."""
+        ...
+
+    def stamp_again(self, owner: str, *, first: int, last: int, limit: int) -> int:
+        """Give the next numbers to rows that have one of `first`..`last`, in order, and count them as not published,
+        while `owner` leads; else nothing. -> how many rows."""
+        ...
+
 
 class Standing(_Frozen):
     """How things stand, in numbers and the database's clock. `waited`: of the run that is in the queue for longest;
@@ -405,7 +425,22 @@ class Bus(Protocol):
 
     def identity(self) -> str: ...
 
-    def max_length(self) -> int: ...
+    def max_length(self) -> int:
+        """Entries that are kept in any case; up to twice as many while a reader is behind."""
+        ...
+
+    def stream(self) -> StreamState | None:
+        """How long it is, and how far its readers are; None when there is none."""
+        ...
+
+    def pending(self, group: str, *, first: int, below: int) -> Sequence[int]:
+        """Of the numbers in between, those that the group was given and has not acknowledged; none of one that is
+        gone."""
+        ...
+
+    def trim(self, below: int) -> None:
+        """Remove every entry with a lower number."""
+        ...
 
 
 class Hints(Protocol):

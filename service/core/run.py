@@ -72,6 +72,16 @@ class Reason(StrEnum):
     INTERNAL = "internal"
 
 
+class QueueReason(StrEnum):
+    """What a queued run waits for; none: only for its turn."""
+
+    NO_WORKER = "no_worker"  # one that can build its boundary
+    DRAINING = "draining"  # those that can take no more runs
+    CLEANING_UP = "cleaning_up"  # what its earlier attempt made is not yet known to be gone
+    TENANT_AT_CAP = "tenant_at_cap"
+    WORKERS_BUSY = "workers_busy"
+
+
 class StreamText(_Frozen):
     """A stream as the run's JSON carries it: at most 16 KiB of text; `bytes` counts all that was printed."""
 
@@ -139,6 +149,7 @@ class Run(_Frozen):
     message: str | None = None
     attempt: int = 0
     queue_position: int | None = None
+    queue_reason: QueueReason | None = None
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None

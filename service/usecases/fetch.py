@@ -4,12 +4,14 @@ import base64
 import binascii
 import re
 from collections.abc import Sequence
+from datetime import timedelta
 
 from service.core.errors import Conflict, DocumentInvalid, NotFound
 from service.core.ids import RUN_ID_PATTERN
 from service.core.junit import render_junit
 from service.core.ports import RunStore
 from service.core.run import Outcome, Phase, Run
+from service.core.waiting import explained
 
 _RUN_ID = re.compile(RUN_ID_PATTERN, re.ASCII)
 _CURSOR_VERSION = b"1:"
@@ -31,12 +33,34 @@ def get_run(runs: RunStore, *, run_id: str, tenant: str | None) -> Run:
     return runs.get_run(checked_run_id(run_id), tenant)
 
 
+def read_run(runs: RunStore, *, run_id: str, tenant: str, worker_fresh: timedelta) -> Run:
+    """As `get_run`; a queued one says what it waits for."""
+    (run,) = with_reasons(runs, [get_run(runs, run_id=run_id, tenant=tenant)], worker_fresh=worker_fresh)
+    return run
+
+
+def with_reasons(runs: RunStore, items: Sequence[Run], *, worker_fresh: timedelta) -> list[Run]:
+    """The same runs; those that are queued say what they wait for. One look at the store for all of them."""
+    queued = [run.id for run in items if run.phase is Phase.QUEUED]
+    views = runs.queue_views(queued, worker_fresh=worker_fresh) if queued else {}
+    return [explained(run, views.get(run.id)) for run in items]
+
+
 def junit_report(runs: RunStore, *, run_id: str, tenant: str) -> str:
     """The finished run as JUnit XML. Raises NotFound, Conflict (not_finished)."""
     run = get_run(runs, run_id=run_id, tenant=tenant)
     if run.phase is not Phase.FINISHED:
         raise Conflict(f"{run.id} is {run.phase}; its report is made when it is finished", code="not_finished")
     return render_junit(run)
+
+
+def read_page(
+    runs: RunStore, *, tenant: str, phase: Phase | None = None, outcome: Outcome | None = None, limit: int = 20,
+    cursor: str | None = None, worker_fresh: timedelta,
+) -> tuple[Sequence[Run], str | None]:  # fmt: skip
+    """As `list_runs`; those that are queued say what they wait for."""
+    items, next_cursor = list_runs(runs, tenant=tenant, phase=phase, outcome=outcome, limit=limit, cursor=cursor)
+    return with_reasons(runs, items, worker_fresh=worker_fresh), next_cursor
 
 
 def list_runs(

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 
 from service.core.errors import DocumentInvalid
 from service.core.news import (
@@ -14,6 +15,7 @@ from service.core.news import (
 )
 from service.core.ports import NewsStore
 from service.core.run import Phase
+from service.core.waiting import explained
 from service.usecases.fetch import checked_run_id
 
 ROWS = 16
@@ -51,9 +53,13 @@ def read_mark(text: str | None, *, path: str) -> Mark:
     return int(found[1]), int(found[2])
 
 
-def next_told(runs: NewsStore, *, run_id: str, tenant: str, after: Mark) -> TellingPage:
-    """What follows the mark, as much as one page holds. Raises NotFound."""
+def next_told(runs: NewsStore, *, run_id: str, tenant: str, after: Mark, worker_fresh: timedelta) -> TellingPage:
+    """What follows the mark, as much as one page holds; that it is queued comes with what it waits for, as it is when
+    that is told. Raises NotFound."""
     page = runs.read_news(checked_run_id(run_id), tenant, after=after, limit=ROWS)
+    if page.now.phase is Phase.QUEUED and (page.seq, 0) > after:
+        view = runs.queue_views([run_id], worker_fresh=worker_fresh).get(run_id)
+        page = page.model_copy(update={"now": explained(page.now, view)})
     items = sorted([*_phases(page, after=after), *_news(page)], key=lambda told: told.mark)
     if page.more:
         # The phases are all there, the rest is not: what lies behind the last piece of it waits for its turn.
@@ -70,10 +76,8 @@ def next_told(runs: NewsStore, *, run_id: str, tenant: str, after: Mark) -> Tell
 
 def _phases(page: NewsPage, *, after: Mark) -> list[Told]:
     """From the run's events; where they are no longer kept, the phase that it is in comes from its record."""
-    queued = page.now.phase is Phase.QUEUED
     told = {
-        seq: render_told_phase(event, queue_position=page.now.queue_position if queued and seq == page.seq else None)
-        for seq, event in page.phases.items()
+        seq: render_told_phase(event, now=page.now if seq == page.seq else None) for seq, event in page.phases.items()
     }
     if (page.seq, 0) > after:
         told.setdefault(page.seq, render_phase(page.now))

@@ -55,3 +55,8 @@ def authenticate(store: TenantStore, *, key: str) -> Principal:
     if principal is None:
         raise Unauthenticated("the key is not known, or was revoked")
     return principal
+
+
+def is_valid(store: TenantStore, hash_: str) -> bool:
+    """Whether a key that was accepted before still is. Raises Unavailable."""
+    return store.find_key(hash_) is not None

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.bench import events, extract, hooks, limits, speed, upload
+from tests.bench import events, extract, fairness, hooks, limits, reaping, scale, speed, upload
 from tests.bench.live import progress
 
 Document = dict[str, Any]
@@ -30,6 +30,9 @@ SECTIONS: Mapping[str, Callable[[Path], Document]] = {
     "limits": limits.measure,
     "events": events.measure,
     "webhooks": hooks.measure,
+    "scale": scale.measure,
+    "fairness": fairness.measure,
+    "reaping": reaping.measure,
 }
 
 

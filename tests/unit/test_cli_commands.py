@@ -104,6 +104,18 @@ def test_what_the_guest_printed_neither_moves_the_cursor_nor_looks_like_ours(bun
     assert shown.count("| first") < 12
 
 
+@pytest.mark.parametrize(
+    ("message", "line"), [(None, "waits 3 in the queue"), ("no worker", "waits 3 in the queue: no worker")]
+)
+def test_a_queued_run_is_shown_with_its_place_and_why_it_waits(message: str | None, line: str) -> None:
+    queued = FAILED | {
+        "phase": "queued", "outcome": None, "reason": None, "message": message, "queue_position": 3, "steps": [],
+    }  # fmt: skip
+    shown = _invoke("runs", "show", ID, answer=_service(queued)).stdout
+    assert line in [" ".join(each.split()) for each in shown.splitlines()]
+    assert "in the queue" not in _invoke("runs", "show", ID, answer=_service(FAILED)).stdout
+
+
 def test_phases_are_on_stderr_and_the_steps_and_what_they_print_on_stdout(bundle: Path) -> None:
     before: tuple[Row, ...] = (
         ("phase", {"phase": "queued", "queue_position": 3}),

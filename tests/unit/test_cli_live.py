@@ -125,6 +125,14 @@ def test_what_goes_on_before_and_after_the_steps_is_said_once_each() -> None:
     ]  # fmt: skip
 
 
+def test_why_a_run_waits_is_said_when_it_is_known() -> None:
+    phase = PhaseEvent(id="1.0", phase="queued", queue_position=2, message="no worker")
+    _, errors = watched(phase, PhaseEvent(id="2.0", phase="running", message="of no phase but that"))
+    assert [line.removeprefix("run_1: ") for line in errors.splitlines()] == [
+        "waiting for a worker, 2 in the queue: no worker", "playing the scenario",
+    ]  # fmt: skip
+
+
 def test_on_a_terminal_the_spinner_is_gone_before_a_step_begins() -> None:
     out, errors = watched(
         PhaseEvent(id="1.0", phase="provisioning"), step(1, "started"), said(1, "x"), terminal=True

@@ -13,6 +13,7 @@ from service.adapters.memory.outbox import MemoryOutbox
 from service.adapters.memory.runs import MemoryRuns
 from service.adapters.memory.standing import MemoryStanding
 from service.adapters.memory.tenants import MemoryTenants, MemoryWorkers
+from service.adapters.memory.waiting import MemoryWaiting
 from service.adapters.memory.webhooks import MemoryWebhooks
 
 __all__ = ["MemoryBlobs", "MemoryBus", "MemoryDoorbell", "MemoryHints", "MemoryStore"]
@@ -23,6 +24,7 @@ class MemoryStore(
     MemoryRunLine,
     MemoryNews,
     MemoryTenants,
+    MemoryWaiting,
     MemoryWorkers,
     MemoryWebhooks,
     MemoryCanaries,

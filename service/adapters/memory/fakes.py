@@ -9,41 +9,68 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO
 
 from service.core.errors import Conflict, NotFound, TooLarge, Unavailable
 from service.core.ports import OutboxRow
+from service.core.readers import Reader, StreamState
+
+
+@dataclass
+class MemoryGroup:
+    """A consumer group of `MemoryBus`."""
+
+    delivered: int = 0
+    pending: set[int] = field(default_factory=set)
 
 
 class MemoryBus:
-    """A stream in memory. `away=True` makes every call raise Unavailable; `lose` is a FLUSHALL and a restart."""
+    """A stream in memory. `away=True` makes every call raise Unavailable; `lose` is a FLUSHALL and a restart. A reader
+    joins, reads and acknowledges as one of a consumer group does."""
 
     def __init__(self, *, max_length: int = 100_000) -> None:
         self.away = False
         self._max_length = max_length
         self._identity = secrets.token_hex(20)
         self._entries: dict[int, OutboxRow] | None = None
+        self._last = 0
+        self._groups: dict[str, MemoryGroup] = {}
 
     @property
     def rows(self) -> list[OutboxRow]:
         """What a consumer group would read, in order."""
         return list((self._entries or {}).values())
 
+    def join(self, group: str) -> None:
+        self._groups[group] = MemoryGroup()
+
+    def read(self, group: str, *, count: int, acknowledge: bool = True) -> list[OutboxRow]:
+        """What is new to the group, from the oldest on."""
+        reader = self._groups[group]
+        fresh = [row for row in self.rows if row.pub_seq > reader.delivered][:count]
+        for row in fresh:
+            reader.delivered = row.pub_seq
+            if not acknowledge:
+                reader.pending.add(row.pub_seq)
+        return fresh
+
     def publish(self, rows: Sequence[OutboxRow]) -> None:
         self._there()
         if self._entries is None:
             raise Unavailable("the stream does not exist")
         for row in (row for row in rows if not row.tenant.startswith("_")):
-            if row.pub_seq > max(self._entries, default=0):
+            if row.pub_seq > self._last:
                 self._entries[row.pub_seq] = row
+                self._last = row.pub_seq
             elif self._entries.get(row.pub_seq, row).event_id != row.event_id:
                 raise Conflict(f"the stream holds another event as {row.pub_seq}", code="bus_conflict")
 
     def last_published(self) -> int | None:
         self._there()
-        return None if self._entries is None else max(self._entries, default=0)
+        return None if self._entries is None else self._last
 
     def create_stream(self) -> None:
         self._there()
@@ -56,8 +83,31 @@ class MemoryBus:
     def max_length(self) -> int:
         return self._max_length
 
+    def stream(self) -> StreamState | None:
+        self._there()
+        if self._entries is None:
+            return None
+        first = min(self._entries, default=self._last + 1)
+        readers = [
+            Reader(
+                group=name, delivered=group.delivered, pending=min(group.pending & set(self._entries), default=None)
+            )
+            for name, group in self._groups.items()
+        ]  # fmt: skip
+        return StreamState(length=len(self._entries), first=first, last=self._last, readers=tuple(readers))
+
+    def pending(self, group: str, *, first: int, below: int) -> Sequence[int]:
+        self._there()
+        there = self._groups.get(group, MemoryGroup()).pending
+        return sorted(number for number in there if first <= number < below)
+
+    def trim(self, below: int) -> None:
+        self._there()
+        self._entries = {number: row for number, row in (self._entries or {}).items() if number >= below}
+
     def lose(self) -> None:
-        self._entries, self._identity = None, secrets.token_hex(20)
+        self._entries, self._last, self._groups = None, 0, {}
+        self._identity = secrets.token_hex(20)
 
     def _there(self) -> None:
         if self.away:

@@ -1,10 +1,11 @@
 """What is to be told, and how far the telling has come."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 from service.adapters.memory.state import MemoryState, StoredEvent
 from service.core.ports import OutboxRow
+from service.core.readers import Span
 
 
 class MemoryOutbox(MemoryState):
@@ -18,7 +19,7 @@ class MemoryOutbox(MemoryState):
 
     def stamp(self, owner: str, *, limit: int) -> Sequence[OutboxRow]:
         with self._lock:
-            if self._leader is None or self._leader[0] != owner or self._leader[1] < self.now():
+            if not self._leads(owner):
                 return ()
             fresh = [e for e in self._events if e.pub_seq is None and not e.tenant.startswith("_")][:limit]
             for event in fresh:
@@ -57,6 +58,30 @@ class MemoryOutbox(MemoryState):
     def record_bus_identity(self, identity: str) -> None:
         with self._lock:
             self._bus_identity = identity
+
+    def owed(self) -> Mapping[str, Sequence[Span]]:
+        with self._lock:
+            return dict(self._owed)
+
+    def record_owed(self, owner: str, owed: Mapping[str, Sequence[Span]]) -> bool:
+        with self._lock:
+            if not self._leads(owner):
+                return False
+            self._owed = {group: tuple(spans) for group, spans in owed.items()}
+            return True
+
+    def stamp_again(self, owner: str, *, first: int, last: int, limit: int) -> int:
+        with self._lock:
+            if not self._leads(owner):
+                return 0
+            again = [event for event in self._stamped() if first <= (event.pub_seq or 0) <= last][:limit]
+            for event in again:
+                self._last_stamp += 1
+                event.pub_seq, event.published = self._last_stamp, False
+            return len(again)
+
+    def _leads(self, owner: str) -> bool:
+        return self._leader is not None and self._leader[0] == owner and self._leader[1] >= self.now()
 
     def _stamped(self) -> list[StoredEvent]:
         return sorted((e for e in self._events if e.pub_seq is not None), key=lambda e: e.pub_seq or 0)

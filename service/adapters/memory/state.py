@@ -17,6 +17,7 @@ from service.core.ids import new_id
 from service.core.lease import LeaseView
 from service.core.news import News, NewsKind, StoredNews
 from service.core.ports import KeyRecord, Service, WorkerRecord
+from service.core.readers import Span
 from service.core.run import ACTIVE, NEXT, Phase, Result, Run
 from service.core.scenario import Scenario
 from service.core.tenancy import Tenant
@@ -59,6 +60,7 @@ class StoredRun:
             lease_until=self.lease_until,
             created_at=self.run.created_at,
             destroyed_fence=self.destroyed_fence,
+            quarantined_fence=self.quarantined_fence,
             cancel_requested_by=self.cancel_requested_by,
         )
 
@@ -147,6 +149,7 @@ class MemoryState:
         self._leader: tuple[str, datetime] | None = None
         self._last_stamp = 0
         self._bus_identity: str | None = None
+        self._owed: dict[str, tuple[Span, ...]] = {}
 
     def installation_id(self) -> str:
         return self._installation

@@ -29,6 +29,11 @@ LOCK_TIMEOUT = timedelta(seconds=10)
 IDLE_TIMEOUT = timedelta(seconds=10)
 """PostgreSQL ends a transaction whose client has said nothing for so long. SQLite has no such thing: whoever stops a
 process in the middle of a write stops every writer, until it goes on or dies."""
+_VANISHED = {
+    "connect_timeout": 5, "keepalives": 1, "keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}  # fmt: skip
+"""A server that has gone without a word is noticed within 15 s, half a lease: nothing waits for it for ever."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -185,7 +190,12 @@ class Database:
 
     def _postgresql(self) -> sa.Engine:
         engine = sa.create_engine(
-            self.url, isolation_level="READ COMMITTED", pool_size=10, max_overflow=30, pool_pre_ping=True
+            self.url,
+            isolation_level="READ COMMITTED",
+            pool_size=10,
+            max_overflow=30,
+            pool_pre_ping=True,
+            connect_args=_VANISHED,
         )
 
         @event.listens_for(engine, "connect")
@@ -210,6 +220,11 @@ def _translated() -> Iterator[None]:
             raise StorageFull("the database has no room left") from error
         if error.connection_invalidated or isinstance(error, OperationalError | InterfaceError | InternalError):
             raise Unavailable("the database cannot be used at the moment") from error
+        if getattr(error.orig, "sqlstate", None) == "42501":
+            raise BlastdoorError(
+                "the database does not allow this user to do that; `python -m service.main migrate`, run by the "
+                "tables' owner, makes the tables and gives each process its rights"
+            ) from error
         raise BlastdoorError("the database refused a statement") from error
     except PoolTimeout as error:
         raise Unavailable("every connection to the database is in use") from error

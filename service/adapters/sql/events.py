@@ -20,7 +20,8 @@ _EVENT_OF = {
     Phase.FINISHED: EventType.FINISHED,
 }
 _service = sa.select(tenant.c.service_id).where(tenant.c.name == sa.bindparam("b_of")).scalar_subquery()
-_wanted = sa.exists().where(
+# Of named columns alone: who tells of runs may not see where webhooks go, nor their secrets (`roles.py`).
+_wanted = sa.exists(sa.literal_column("1")).where(
     webhook_endpoint.c.enabled,
     sa.or_(webhook_endpoint.c.tenant == sa.bindparam("b_of"), webhook_endpoint.c.service_id == _service),
 )

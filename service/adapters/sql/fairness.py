@@ -24,7 +24,8 @@ def serialised(connection: sa.Connection) -> None:
 
 
 def _fairest(*, any_runtime: bool) -> sa.Select[tuple[str]]:
-    """The id of the run to claim, or no row, for `b_boundaries` and (unless any will do) `b_runtimes`."""
+    """The id of the run to claim, or no row, for `b_boundaries` and `b_runtimes`. Where any runtime will do, only
+    whether there is one is asked: the row is some run of the tenant whose turn it is."""
     mine, next_, own = run.alias("mine"), run.alias("next_"), run.alias("own")
 
     def claimable(row: sa.FromClause) -> list[sa.ColumnElement[bool]]:
@@ -60,8 +61,9 @@ def _fairest(*, any_runtime: bool) -> sa.Select[tuple[str]]:
         .order_by(candidate.c.active, sa.func.coalesce(candidate.c.last_served, _NEVER), candidate.c.name)
         .limit(1)
     )
-    oldest = sa.select(mine.c.id).where(*claimable(mine), mine.c.tenant == turn.scalar_subquery())
-    return oldest.order_by(mine.c.id).limit(1).with_hint(mine, indexed_by("ix_run_claimable"), "sqlite")
+    of_turn = sa.select(mine.c.id).where(*claimable(mine), mine.c.tenant == turn.scalar_subquery())
+    of_turn = of_turn.limit(1).with_hint(mine, indexed_by("ix_run_claimable"), "sqlite")
+    return of_turn if any_runtime else of_turn.order_by(mine.c.id)
 
 
 # SKIP LOCKED: in PostgreSQL a run that is being cancelled this moment is passed over, not waited for.

@@ -42,7 +42,7 @@ from service.core.scenario import Scenario
 
 LEASE_VIEW = (
     run.c.id.label("run_id"), run.c.phase, run.c.boundary, run.c.attempt, run.c.fence, run.c.lease_until,
-    run.c.created_at, run.c.destroyed_fence, run.c.cancel_requested_by,
+    run.c.created_at, run.c.destroyed_fence, run.c.quarantined_fence, run.c.cancel_requested_by,
 )  # fmt: skip
 _take = (
     sa.update(run)

@@ -5,7 +5,7 @@ committed out of order, and the stream would refuse the late one. Events of inte
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +15,7 @@ from service.adapters.sql.engine import db_now
 from service.adapters.sql.schema import indexed_by, outbox, relay_state
 from service.adapters.sql.transitions import SqlPart
 from service.core.ports import OutboxRow
+from service.core.readers import Span
 
 _ROWS_AT_ONCE = 500
 _COLUMNS = (outbox.c.event_id, outbox.c.run_id, outbox.c.tenant, outbox.c.type, outbox.c.pub_seq, outbox.c.event)
@@ -26,6 +27,7 @@ _leading = sa.select(relay_state.c.last_stamp).where(_leads).with_for_update()
 UNSTAMPED = sa.select(outbox.c.id, *_COLUMNS).where(_IS_UNSTAMPED).order_by(outbox.c.id).limit(sa.bindparam("b_limit"))
 UNSTAMPED = UNSTAMPED.with_hint(outbox, indexed_by("ix_outbox_unstamped"), "sqlite")
 _stamp = sa.update(outbox).where(outbox.c.id == sa.bindparam("b_id")).values(pub_seq=sa.bindparam("b_pub_seq"))
+_stamp_again = _stamp.values(published=False)
 
 
 class SqlOutbox(SqlPart):
@@ -82,6 +84,28 @@ class SqlOutbox(SqlPart):
     def record_bus_identity(self, identity: str) -> None:
         with self._db.write() as connection:
             connection.execute(sa.update(relay_state).values(bus_identity=identity))
+
+    def owed(self) -> Mapping[str, Sequence[Span]]:
+        found = json.loads(self._state(relay_state.c.owed))
+        return {group: tuple((first, last) for first, last in spans) for group, spans in found.items()}
+
+    def record_owed(self, owner: str, owed: Mapping[str, Sequence[Span]]) -> bool:
+        record = sa.update(relay_state).where(_leads).values(owed=json.dumps(owed))
+        with self._db.write() as connection:
+            return connection.execute(record, {"b_owner": owner}).rowcount == 1
+
+    def stamp_again(self, owner: str, *, first: int, last: int, limit: int) -> int:
+        wanted = sa.select(outbox.c.id).where(outbox.c.pub_seq.between(first, last)).order_by(outbox.c.pub_seq)
+        with self._db.write() as connection:
+            stamped = connection.scalar(_leading, {"b_owner": owner})
+            if stamped is None:
+                return 0
+            ids = connection.scalars(wanted.limit(limit)).all()
+            if ids:
+                stamps = [{"b_id": id_, "b_pub_seq": stamped + n} for n, id_ in enumerate(ids, start=1)]
+                connection.execute(_stamp_again, stamps)
+                connection.execute(sa.update(relay_state).values(last_stamp=stamped + len(ids)))
+        return len(ids)
 
     def _rows(self, wanted: sa.Select[Any], limit: int) -> Sequence[OutboxRow]:
         with self._db.read() as connection:

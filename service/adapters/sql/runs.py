@@ -6,8 +6,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from service.adapters.sql.documents import (
+    AHEAD,
     LISTED,
-    POSITIONS,
+    RANKS,
     SHOWN,
     bundle_text,
     head_text,
@@ -153,8 +154,10 @@ def _positions(connection: sa.Connection, rows: Sequence[sa.Row[Any]]) -> dict[s
     if not queued:
         return {}
     ids = [row.id for row in queued]
-    asked = {"b_boundaries": sorted({row.boundary for row in queued}), "b_newest": max(ids), "b_run_ids": ids}
-    return {row.id: row.position for row in connection.execute(POSITIONS, asked)}
+    asked = {"b_boundaries": sorted({row.boundary for row in queued}), "b_oldest": min(ids)}
+    ahead = {row.boundary: row.runs for row in connection.execute(AHEAD, asked)}
+    ranks = connection.execute(RANKS, asked | {"b_newest": max(ids), "b_run_ids": ids})
+    return {row.id: ahead.get(row.boundary, 0) + row.rank for row in ranks}
 
 
 def _owner(connection: sa.Connection, run_id: str, tenant: str | None) -> str:

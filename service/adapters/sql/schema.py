@@ -127,7 +127,8 @@ run = Table(
     Index("ix_run_tenant_phase_id", "tenant", "phase", "id"),
     Index("ix_run_tenant_outcome_id", "tenant", "outcome", "id",
           sqlite_where=text("outcome IS NOT NULL"), postgresql_where=text("outcome IS NOT NULL")),
-    Index("ix_run_claimable", "tenant", "boundary", "runtime", "id",
+    # By the id first: else PostgreSQL sorts all that a tenant has in the queue for a worker with two runtimes.
+    Index("ix_run_claimable", "tenant", "id", "boundary", "runtime",
           sqlite_where=text(IS_CLAIMABLE), postgresql_where=text(IS_CLAIMABLE)),
     Index("ix_run_queued", "id", sqlite_where=text(IS_QUEUED), postgresql_where=text(IS_QUEUED)),
     # With the phase in it too, SQLite counts the queue without looking at its rows.
@@ -224,6 +225,7 @@ relay_state = Table(
     Column("lease_until", Instant),
     Column("last_stamp", BigInteger, nullable=False),
     Column("bus_identity", Text),
+    Column("owed", Text, nullable=False),  # JSON: by consumer group, numbers trimmed before they were acknowledged
     CheckConstraint("one = 1", name="one_row"),
 )  # fmt: skip
 

@@ -38,15 +38,18 @@ class SqlWorkers(SqlPart):
     def get_worker(self, worker_id: str) -> WorkerRecord | None:
         with self._db.read() as connection:
             row = connection.execute(sa.select(worker).where(worker.c.id == worker_id)).one_or_none()
-        return None if row is None else _record(row)
+        return None if row is None else worker_record(row)
 
     def live_workers(self, *, fresh: timedelta) -> Sequence[WorkerRecord]:
-        wanted = sa.select(worker).where(worker.c.measured_at > db_now() - fresh).order_by(worker.c.id)
         with self._db.read() as connection:
-            return [_record(row) for row in connection.execute(wanted)]
+            return [worker_record(row) for row in connection.execute(live(fresh=fresh))]
 
 
-def _record(row: sa.Row[Any]) -> WorkerRecord:
+def live(*, fresh: timedelta) -> sa.Select[Any]:
+    return sa.select(worker).where(worker.c.measured_at > db_now() - fresh).order_by(worker.c.id)
+
+
+def worker_record(row: sa.Row[Any]) -> WorkerRecord:
     return WorkerRecord(
         id=row.id,
         host=row.host,

@@ -21,7 +21,10 @@ def upgrade() -> None:
     op.bulk_insert(
         sa.table("installation", sa.column("one"), sa.column("id")), [{"one": 1, "id": secrets.token_hex(6)}]
     )
-    op.bulk_insert(sa.table("relay_state", sa.column("one"), sa.column("last_stamp")), [{"one": 1, "last_stamp": 0}])
+    op.bulk_insert(
+        sa.table("relay_state", sa.column("one"), sa.column("last_stamp"), sa.column("owed")),
+        [{"one": 1, "last_stamp": 0, "owed": "{}"}],
+    )
 
 
 def _only(where: str) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def _runs() -> None:
     op.create_index(
         "ix_run_claimable",
         "run",
-        ["tenant", "boundary", "runtime", "id"],
+        ["tenant", "id", "boundary", "runtime"],
         **_only("phase = 'queued' AND fence = destroyed_fence"),
     )
     op.create_index("ix_run_lease_until", "run", ["lease_until"], **_only("lease_until IS NOT NULL"))
@@ -224,6 +227,7 @@ def _telling() -> None:
         sa.Column("lease_until", sa.BigInteger()),
         sa.Column("last_stamp", sa.BigInteger(), nullable=False),
         sa.Column("bus_identity", sa.Text()),
+        sa.Column("owed", sa.Text(), nullable=False),
         sa.CheckConstraint("one = 1", name="ck_relay_state_one_row"),
         sa.PrimaryKeyConstraint("one", name="pk_relay_state"),
     )
