@@ -13,6 +13,7 @@ import logging
 import re
 import sys
 import threading
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
@@ -79,6 +80,12 @@ def own_the_streams() -> None:
     sys.unraisablehook = _unraisable
     # Held by the loggers; sys.__stderr__ stays what it is, for the interpreter's own fatal errors.
     sys.stdout, sys.stderr = _Printed(sys.stdout), _Printed(sys.stderr)
+
+
+def say_unknown(names: Iterable[str]) -> None:
+    """Variables that look like settings of ours, and are none."""
+    for name in names:
+        structlog.get_logger().warning("unknown_setting", name=name)
 
 
 def _with(program: str) -> Processor:

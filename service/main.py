@@ -1,7 +1,8 @@
 """The API's composition root: settings in, a running server out. Importing it does nothing.
 
 `python -m service.main` brings the schema to this version's and serves; `python -m service.main migrate` does the first
-only. Several processes may start at once.
+only, and gives the processes' own PostgreSQL roles their rights. Several processes may start at once. `operator-key`
+prints a new operator's key and revokes the one that it made before.
 """
 
 import argparse
@@ -25,20 +26,24 @@ from service.adapters.http_hooks import resolve
 from service.adapters.redis_bus import RedisBus, RedisHints
 from service.adapters.sealing import box_of
 from service.adapters.sql.migrate import upgrade
+from service.adapters.sql.roles import give_rights
 from service.adapters.sql_store import SqlStore
 from service.api.app import build
 from service.api.context import Bounds, Deps
 from service.api.metrics import ApiMetrics
 from service.core.canary import ailing
 from service.core.errors import BlastdoorError, Unavailable
+from service.core.tenancy import KeyKind
 from service.core.webhooks.urls import read_pairs
 from service.intake.policy import read_policy
-from service.settings import Settings
+from service.settings import Settings, unknown_names
+from service.usecases.keys import mint
 
 GRACE_S = 4
 """Of a polite end: what is still being answered by then is cut off."""
 _KEEP_ALIVE_S = 20
 _BACKLOG = 1024
+_MINTED_BY = "cli"
 _SWITCH_S = 0.0005
 """How long a thread may keep the interpreter from the event loop; Python's own 5 ms would slow every answer."""
 
@@ -80,7 +85,7 @@ def deps_of(settings: Settings, *, registry: CollectorRegistry | None = None) ->
         policy=read_policy(settings.policy_file),
         checks={
             "database": store.now,
-            "redis": RedisBus(settings.broker_url).identity,
+            "redis": RedisBus(settings.broker_url).ping,
             "worker": worker,
             "canary": canary,
         },
@@ -142,19 +147,37 @@ class _Server(uvicorn.Server):
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m service.main", description="The HTTP API of Blastdoor.")
-    parser.add_argument("command", nargs="?", choices=("serve", "migrate"), default="serve")
+    parser.add_argument("command", nargs="?", choices=("serve", "migrate", "operator-key"), default="serve")
     asked = parser.parse_args(argv)
     settings = Settings()
     logs.configure(settings.log_level, program="api")
+    if asked.command == "operator-key":
+        return _operator_key(settings)
     logs.own_the_streams()
+    logs.say_unknown(unknown_names())
     failpoints.arm(settings.failpoints, environment=settings.environment)
     try:
         upgrade(settings.sql_url)
         if asked.command == "serve":
             serve(settings)
+        elif settings.database_roles:
+            give_rights(settings.sql_url, settings.database_roles)
     except (BlastdoorError, OSError) as error:
         log.error("cannot_serve", error=str(error))
         return 1
+    return 0
+
+
+def _operator_key(settings: Settings) -> int:
+    store = SqlStore(settings.sql_url)
+    try:
+        store.revoke_minted_by(_MINTED_BY)
+        sys.stdout.write(mint(store, kind=KeyKind.OPERATOR, minted_by=_MINTED_BY).key + "\n")
+    except BlastdoorError as error:
+        log.error("no_key", error=str(error))
+        return 1
+    finally:
+        store.close()
     return 0
 
 

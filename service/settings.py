@@ -4,23 +4,30 @@ Only composition roots read this; logic is handed values. `.env.example` is made
 """
 
 import argparse
+import difflib
 import ipaddress
 import os
 import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.core.failpoints import parse
 from service.core.webhooks.urls import read_pairs
 
 Seconds = Annotated[float, Field(gt=0)]
+_PREFIX = "BLASTDOOR_"
+_NO_SETTINGS = {"BLASTDOOR_URL", "BLASTDOOR_KEY", "BLASTDOOR_SERVICE_KEY"}
+"""For clients: where the service is, and with which key they come."""
+_ALIKE = 0.7
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="BLASTDOOR_", frozen=True, extra="ignore")
+    # Without what was given: it may be a password, and the error stands in a log.
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="ignore", hide_input_in_errors=True)
 
     environment: Literal["production", "development", "test"] = Field(
         "production", description="failpoints exist only where this is test"
@@ -30,8 +37,16 @@ class Settings(BaseSettings):
     state_dir: Path = Field(Path("/var/lib/blastdoor"), description="blobs, imported runtimes, the embedded database")
     runtime_dir: Path = Field(Path("/run/blastdoor"), description="live boundaries of this host; keep the path short")
     database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite in state_dir")
+    database_roles: Annotated[str, Field(pattern=r"^([a-z][a-z0-9_]{0,39})?$")] = Field(
+        "", description="PostgreSQL: migrate gives NAME_api, NAME_worker, ... each its rights; empty: one user for all"
+    )
     redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="Celery's broker and hints")
     bus_url: SecretStr | None = Field(None, description="Redis of the event stream; empty: redis_url")
+    stream_entries: int = Field(
+        100_000,
+        gt=0,
+        description="events that the stream keeps; up to twice as many while one of its readers is behind",
+    )
     policy_file: Path | None = Field(None, description="placement policy, YAML; it can only tighten")
 
     # The API
@@ -90,6 +105,9 @@ class Settings(BaseSettings):
         "",
         description="HOST:PORT,... that webhooks may go to whatever they are, http too; for development; empty: none",
     )
+    webhook_lease_s: Seconds = Field(
+        60.0, description="a delivery whose process died is made again after that time; longer than an attempt takes"
+    )
     webhook_ca_file: Path | None = Field(
         None, description="PEM file of authorities that webhooks' receivers may have their certificates from, too"
     )
@@ -116,6 +134,24 @@ class Settings(BaseSettings):
         if parse(value) and info.data.get("environment") != "test":
             raise ValueError("failpoints exist only where environment=test")
         return value
+
+    @model_validator(mode="after")
+    def _a_worker_gives_up_before_its_run_is_taken_from_it(self) -> Self:
+        if not self.heartbeat_s < self.self_fence_s < self.lease_s:
+            raise ValueError(
+                f"heartbeat_s < self_fence_s < lease_s must hold, and {self.heartbeat_s:g} < {self.self_fence_s:g} < "
+                f"{self.lease_s:g} does not: a worker that cannot renew its lease must have ended its sandbox before "
+                "the lease does"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_spelt_as_they_are(self) -> Self:
+        meant = {name: near for name in unknown_names() if (near := _nearest(name)) is not None}
+        if meant:
+            rows = (f"{name} is no setting; did you mean {near}?" for name, near in meant.items())
+            raise ValueError("; ".join(rows))
+        return self
 
     @field_validator("webhook_allow")
     @classmethod
@@ -144,6 +180,19 @@ class Settings(BaseSettings):
     @property
     def stream_url(self) -> str:
         return (self.bus_url or self.redis_url).get_secret_value()
+
+
+def unknown_names(environment: Mapping[str, str] = os.environ) -> Sequence[str]:
+    """Variables with our prefix that no setting has, and that none of our commands reads."""
+    known = {(_PREFIX + name).upper() for name in Settings.model_fields} | _NO_SETTINGS
+    return sorted(name for name in environment if name.upper().startswith(_PREFIX) and name.upper() not in known)
+
+
+def _nearest(name: str) -> str | None:
+    """The setting that was probably meant."""
+    words = [field.upper() for field in Settings.model_fields]
+    found = difflib.get_close_matches(name.upper().removeprefix(_PREFIX), words, n=1, cutoff=_ALIKE)
+    return _PREFIX + found[0] if found else None
 
 
 def env_example() -> str:

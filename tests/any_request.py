@@ -93,10 +93,12 @@ def ask_everything(target: Target, *, examples: int) -> Report:
     return report
 
 
-def _gentle_first(operation: APIOperation) -> int:
-    """What takes away comes last, or there would be nothing left to ask about."""
+def _gentle_first(operation: APIOperation) -> tuple[int, int]:
+    """What takes away comes last, or there would be nothing left to ask about: who asks after what they have, and a
+    part before the whole."""
     word = f"{operation.method} {operation.path}".lower()
-    return ["purge" in word, "cleanup" in word, "sites" in word].count(True) + 2 * word.startswith("delete")
+    takes = ["purge" in word, "cleanup" in word, "sites" in word].count(True) + 2 * word.startswith("delete")
+    return takes + ("tenants" in word and takes > 0), -word.count("/") if takes else 0
 
 
 def _ask(asker: "_Asker", operation: APIOperation, *, examples: int) -> None:

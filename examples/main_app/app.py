@@ -107,10 +107,13 @@ class MainApp:
         self.inbox.set("webhook_id", made["id"])
 
     def _read(self) -> None:
-        """Each process reads under a name of its own; a fixed one would do for a single process."""
+        """Each process reads under a name of its own, which goes with it."""
         with redis.Redis.from_url(self.settings.redis_url, decode_responses=True) as client:
             consumer = Consumer(
-                client, name=f"desk-{secrets.token_hex(4)}", handle=lambda event: self.inbox.receive(event, by="stream")
+                client,
+                name=f"desk-{secrets.token_hex(4)}",
+                handle=lambda event: self.inbox.receive(event, by="stream"),
+                put_aside=self.inbox.put_aside,
             )
             consumer.run(self._stopping, say=print)
 

@@ -23,6 +23,7 @@ CREATE TABLE IF NOT EXISTS event (id TEXT PRIMARY KEY, run TEXT NOT NULL, type T
     first_by TEXT NOT NULL, again_by TEXT);
 CREATE TABLE IF NOT EXISTS run (id TEXT PRIMARY KEY, tenant TEXT NOT NULL, sequence TEXT NOT NULL DEFAULT '',
     phase TEXT NOT NULL, story TEXT, destroyed_at TEXT);
+CREATE TABLE IF NOT EXISTS put_aside (id TEXT PRIMARY KEY, event TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS setting (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
@@ -88,6 +89,11 @@ class Inbox:
             said = (event["sequence"], data["phase"], run, event["sequence"])
             self._db.execute("UPDATE run SET sequence = ?, phase = ? WHERE id = ? AND sequence < ?", said)
 
+    def put_aside(self, event: Mapping[str, Any]) -> None:
+        """What could not be taken in, however often it came: for somebody to look at."""
+        with self._lock:
+            self._db.execute("INSERT OR IGNORE INTO put_aside VALUES (?, ?)", (event["id"], json.dumps(event)))
+
     def submitted(self, run: str, tenant: str) -> None:
         """The answer to our own POST; its first event may have been here before it."""
         with self._lock:
@@ -115,7 +121,7 @@ class Inbox:
             (row,) = self._db.execute(
                 "SELECT count(*) AS events, coalesce(sum(first_by = 'stream'), 0) AS first_by_stream,"
                 " coalesce(sum(first_by = 'webhook'), 0) AS first_by_webhook,"
-                " count(again_by) AS by_both FROM event"
+                " count(again_by) AS by_both, (SELECT count(*) FROM put_aside) AS put_aside FROM event"
             ).fetchall()
         return dict(row)
 

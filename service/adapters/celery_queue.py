@@ -57,6 +57,7 @@ def celery_app(broker_url: str, *, longest_ring: timedelta = LONGEST_RING) -> Ce
     visibility_timeout = _seconds(longest_ring) + 120
     app.conf.update(
         broker_url=broker_url,
+        broker_transport="service.adapters.celery_transport:Transport",
         # Nothing but JSON is read or written.
         accept_content=["json"],
         result_accept_content=["json"],

@@ -21,9 +21,11 @@ from redis.retry import Retry
 from service.core.errors import Conflict, Unavailable
 from service.core.events import STREAM
 from service.core.ports import OutboxRow
+from service.core.readers import Reader, StreamState
 
 MAX_LENGTH = 100_000
-"""Entries the stream keeps, about: ten times the peak of a day."""
+"""Entries that the stream keeps: ten times the peak of a day."""
+_PENDING_AT_ONCE = 1000
 
 _TIMEOUT_S = 2.0
 _HINT_TIMEOUT_S = 0.25
@@ -86,6 +88,11 @@ class RedisBus:
             pipe.execute(raise_on_error=False)
             self._redis.xinfo_stream(self._stream)
 
+    def ping(self) -> None:
+        """Raises Unavailable."""
+        with _unavailable():
+            self._redis.ping()
+
     def identity(self) -> str:
         with _unavailable():
             server: Any = self._redis.info("server")
@@ -93,6 +100,54 @@ class RedisBus:
 
     def max_length(self) -> int:
         return self._max_length
+
+    def stream(self) -> StreamState | None:
+        with _unavailable():
+            with self._redis.pipeline(transaction=True) as pipe:
+                pipe.xinfo_stream(self._stream)
+                pipe.xinfo_groups(self._stream)
+                about, groups = pipe.execute(raise_on_error=False)
+            for answer in (about, groups):
+                if isinstance(answer, Exception):
+                    if "no such key" in str(answer):
+                        return None
+                    raise answer
+            last = _number(about["last-generated-id"])
+            first = _number(about["first-entry"][0]) if about["first-entry"] else last + 1
+            readers = [self._reader(group, first=first) for group in groups]
+        return StreamState(length=about["length"], first=first, last=last, readers=tuple(readers))
+
+    def pending(self, group: str, *, first: int, below: int) -> Sequence[int]:
+        found: list[int] = []
+        with _unavailable():
+            while first < below:
+                page: Any = self._pending(group, first=first, below=below)
+                found += [_number(entry["message_id"]) for entry in page]
+                if len(page) < _PENDING_AT_ONCE:
+                    break
+                first = found[-1] + 1
+        return found
+
+    def trim(self, below: int) -> None:
+        with _unavailable():
+            self._redis.xtrim(self._stream, minid=f"{below}-0", approximate=False)
+
+    def _reader(self, group: Any, *, first: int) -> Reader:
+        """A group that went away since it was listed counts as one that waits for nothing that it was given."""
+        pending = None
+        if group["pending"]:
+            lowest: Any = self._pending(group["name"], first=first, count=1)
+            pending = _number(lowest[0]["message_id"]) if lowest else None
+        return Reader(group=group["name"], delivered=_number(group["last-delivered-id"]), pending=pending)
+
+    def _pending(self, group: str, *, first: int, below: int | None = None, count: int = _PENDING_AT_ONCE) -> Any:
+        until = "+" if below is None else f"({below}-0"
+        try:
+            return self._redis.xpending_range(self._stream, group, min=f"{first}-0", max=until, count=count)
+        except redis.ResponseError as error:
+            if str(error).startswith("NOGROUP"):
+                return []
+            raise
 
     def _add(self, rows: Sequence[OutboxRow]) -> list[OutboxRow]:
         """-> the rows whose ids were refused."""
@@ -103,14 +158,7 @@ class RedisBus:
                 self._check_top(pipe)
                 pipe.multi()
                 for row, entry in zip(rows, fields, strict=True):
-                    pipe.xadd(
-                        self._stream,
-                        entry,
-                        id=f"{row.pub_seq}-0",
-                        nomkstream=True,
-                        maxlen=self._max_length,
-                        approximate=True,
-                    )
+                    pipe.xadd(self._stream, entry, id=f"{row.pub_seq}-0", nomkstream=True)
                 return _refused(rows, pipe.execute(raise_on_error=False))
         raise Unavailable("the stream is being changed all the time")
 

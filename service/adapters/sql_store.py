@@ -15,13 +15,14 @@ from service.adapters.sql.outbox import SqlOutbox
 from service.adapters.sql.runs import SqlRuns
 from service.adapters.sql.standing import SqlStanding
 from service.adapters.sql.tenants import SqlTenants
+from service.adapters.sql.waiting import SqlWaiting
 from service.adapters.sql.webhooks import SqlWebhooks
 from service.adapters.sql.workers import SqlWorkers
 
 
 class SqlStore(
     SqlRuns, SqlIdempotency, SqlKeeping, SqlRunLine, SqlNews, SqlTenants, SqlWorkers, SqlWebhooks, SqlDeliveries,
-    SqlCanaries, SqlOutbox, SqlStanding, SqlCustody, SqlOrders, SqlAudit, SqlLeftovers,
+    SqlCanaries, SqlOutbox, SqlWaiting, SqlStanding, SqlCustody, SqlOrders, SqlAudit, SqlLeftovers,
 ):  # fmt: skip
     """RunStore, RunLine, NewsStore, Retention, TenantStore, WorkerStore and Outbox of `service.core.ports`.
 

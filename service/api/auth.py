@@ -14,7 +14,7 @@ from service.api.context import Context, InContext
 from service.core.errors import DocumentInvalid, Forbidden, NotFound, Unauthenticated
 from service.core.tenancy import KeyKind, Principal
 from service.core.webhooks.models import Owner
-from service.usecases.keys import authenticate
+from service.usecases.keys import authenticate, key_hash
 from service.usecases.tenants import get_tenant
 
 _BEARER = HTTPBearer(
@@ -39,7 +39,7 @@ async def _principal(
     if credentials is None or not _CREDENTIALS.fullmatch(credentials.credentials):
         raise Unauthenticated("send a key: Authorization: Bearer bd_...")
     principal = await context.store(authenticate, context.deps.tenants, key=credentials.credentials)
-    request.state.key_id = principal.key_id
+    request.state.key_id, request.state.key_hash = principal.key_id, key_hash(credentials.credentials)
     return principal
 
 

@@ -11,6 +11,7 @@ import anyio
 import anyio.to_thread
 from fastapi import Depends, Request
 
+from service.api.key_watch import KeyWatch
 from service.api.metrics import ApiMetrics
 from service.api.notifier import Notifier
 from service.api.readiness import Readiness
@@ -23,6 +24,7 @@ from service.core.webhooks.ports import Resolver, SecretBox, WebhookStore
 from service.core.webhooks.urls import Pairs
 from service.intake.archive import ArchiveCaps
 from service.usecases.bundles import Bundles
+from service.usecases.keys import is_valid
 from service.usecases.submit import Submitting
 
 P = ParamSpec("P")
@@ -99,6 +101,7 @@ class Context:
         self._following = anyio.CapacityLimiter(deps.bounds.following_threads)
         self._resolving = anyio.CapacityLimiter(deps.bounds.resolving_threads)
         self._judging = anyio.CapacityLimiter(deps.bounds.judging_threads)
+        self.keys = KeyWatch(lambda key_hash: self.follow(is_valid, deps.tenants, key_hash))
         deps.metrics.watch(uploads=lambda: self.slots.held, waiters=lambda: self.notifier.waiters)
 
     async def store(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

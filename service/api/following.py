@@ -14,12 +14,13 @@ from typing import Annotated, Any
 
 import anyio
 import structlog
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.auth import ACaller
 from service.api.context import Context, InContext
 from service.api.documentation import Responses, problems
+from service.api.notifier import Waiter
 from service.core.errors import NotFound, Unavailable
 from service.core.news import Mark
 from service.usecases.follow import TellingPage, Told, next_told, read_mark
@@ -38,14 +39,17 @@ router = APIRouter(prefix="/v1/runs", tags=["runs"])
 
 
 class EventStream(Response):
-    """Ends after the result, with the client, with the run (when it is deleted) or with the process."""
+    """Ends after the result, with the client, with the run (when it is deleted), with the key or with the process."""
 
     media_type = MEDIA_TYPE
 
-    def __init__(self, context: Context, read: Callable[..., TellingPage], *, run_id: str, first: TellingPage) -> None:
+    def __init__(
+        self, context: Context, read: Callable[..., TellingPage], *, run_id: str, first: TellingPage, key_hash: str
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._context, self._read, self._run_id, self._first = context, read, run_id, first
+        self._key_hash = key_hash
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -75,13 +79,24 @@ class EventStream(Response):
                 if page.ended:
                     break
                 if not page.more:
-                    with anyio.move_on_after(KEEP_ALIVE_S) as waited:
-                        await waiter.event.wait()
-                    if waited.cancelled_caught:
-                        await _send(send, _KEEP_ALIVE)
+                    await self._wait(send, waiter)
                 waiter.event.clear()
+                if not await self._context.keys.holds(self._key_hash):
+                    log.info("watcher_has_no_key_any_more", run_id=self._run_id)
+                    break
                 page = await self._next(page.after)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _wait(self, send: Send, waiter: Waiter) -> None:
+        """Until there may be more to tell, or the key is no more."""
+        silent_until = anyio.current_time() + KEEP_ALIVE_S
+        while (left_s := silent_until - anyio.current_time()) > 0:
+            with anyio.move_on_after(min(left_s, self._context.keys.look_again_s)):
+                await waiter.event.wait()
+                return
+            if not await self._context.keys.holds(self._key_hash):
+                return
+        await _send(send, _KEEP_ALIVE)
 
     async def _next(self, after: Mark) -> TellingPage | None:
         """`None`: the run is gone. A store that does not answer now is asked again when the next moment comes."""
@@ -107,13 +122,15 @@ def _frames(items: Iterable[Told]) -> bytes:
     ).encode("ascii")
 
 
+_EXAMPLE = 'id: 3.1\nevent: output\ndata: {"step":1,"stream":"stdout","seq":0,"text":"hello\\n"}\n\n'
 _STREAM: Responses = {
     200: {
         "description": (
             "`event:` is `phase`, `progress`, `output` or `result`; `data:` is JSON on one line; `id:` is where to go "
             "on after. The stream ends after `result`."
         ),
-        "content": {MEDIA_TYPE: {"schema": {"type": "string"}}},
+        # No type: of a stream OpenAPI 3.1 means the text, and some tools take it for that of each event.
+        "content": {MEDIA_TYPE: {"schema": {"description": "server-sent events"}, "example": _EXAMPLE}},
     },
     204: {"description": "everything was told before that id, the result too: do not come again"},
 }
@@ -124,6 +141,7 @@ _STREAM: Responses = {
     responses=_STREAM | problems("unauthenticated", "forbidden", "request_invalid", "not_found"),
 )  # fmt: skip
 async def watch_run(
+    request: Request,
     context: InContext,
     caller: ACaller,
     run_id: str,
@@ -138,8 +156,9 @@ async def watch_run(
         after = read_mark(last_event_id, path="header.Last-Event-ID")
     else:
         after = read_mark(last_event_id_query, path="query.last_event_id")
-    read: Any = partial(next_told, context.deps.runs, run_id=run_id, tenant=caller.tenant)
+    worker_fresh = context.deps.bounds.worker_fresh
+    read: Any = partial(next_told, context.deps.runs, run_id=run_id, tenant=caller.tenant, worker_fresh=worker_fresh)
     first: TellingPage = await context.follow(read, after=after)
     if first.ended and not first.items:
         return Response(status_code=204)  # by the HTML standard, an EventSource stays away then
-    return EventStream(context, read, run_id=run_id, first=first)
+    return EventStream(context, read, run_id=run_id, first=first, key_hash=request.state.key_hash)

@@ -101,8 +101,8 @@ async def list_runs(
 ) -> Response:
     """Newest first. A page may have fewer runs than `limit`; `next_cursor` says whether there are more."""
     items, next_cursor = await context.store(
-        fetch.list_runs, context.deps.runs, tenant=caller.tenant, phase=phase, outcome=outcome, limit=limit,
-        cursor=cursor,
+        fetch.read_page, context.deps.runs, worker_fresh=context.deps.bounds.worker_fresh, tenant=caller.tenant,
+        phase=phase, outcome=outcome, limit=limit, cursor=cursor,
     )  # fmt: skip
     shown = RunPage.model_construct(items=list(items), next_cursor=next_cursor)
     return Response(shown.model_dump_json(), media_type="application/json")
@@ -121,14 +121,15 @@ async def get_run(
     ] = 0,
 ) -> RunAnswer:
     """With `wait`, the answer comes when the run is finished or the seconds are over, whichever is first."""
-    runs = context.deps.runs
+    runs, worker_fresh = context.deps.runs, context.deps.bounds.worker_fresh
+    read = partial(fetch.read_run, runs, run_id=run_id, tenant=caller.tenant, worker_fresh=worker_fresh)
     if wait == 0:
-        return run_answer(await context.store(fetch.get_run, runs, run_id=run_id, tenant=caller.tenant))
+        return run_answer(await context.store(read))
     with context.notifier.waiting(fetch.checked_run_id(run_id)) as finished:
         run = await context.store(fetch.get_run, runs, run_id=run_id, tenant=caller.tenant)
         if run.phase is not Phase.FINISHED:
             await _first(request, finished, within_s=wait)
-            run = await context.store(fetch.get_run, runs, run_id=run_id, tenant=caller.tenant)
+            run = await context.store(read)
     return run_answer(run)
 
 

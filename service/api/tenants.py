@@ -1,4 +1,7 @@
-"""/v1/tenants: a service's own tenants. What another service created does not exist here."""
+"""/v1/tenants: a service's own tenants. What another service created does not exist here.
+
+What a service does to its tenants stands in the operators' audit log, as what they do themselves.
+"""
 
 from functools import partial
 from typing import Annotated
@@ -25,7 +28,9 @@ _KEY = ("unauthenticated", "forbidden")
 async def create_tenant(context: InContext, service: AService, body: CreateTenant) -> TenantCreated:
     """The tenant belongs to the service that asks; its first key is shown once."""
     tenant = body.tenant(service_id=service.service_id)
-    created, minted = await context.store(tenants.create_tenant, context.deps.tenants, tenant=tenant)
+    create = partial(tenants.create_tenant, context.deps.tenants, tenant=tenant)
+    detail = tenant.model_dump(mode="json")
+    created, minted = await acting(context, service, "tenant.create", tenant.name, create, detail=detail)
     return TenantCreated(tenant=created, key=minted.key, key_id=minted.id)
 
 
@@ -48,9 +53,11 @@ async def get_tenant(context: InContext, service: AService, name: ByName) -> Ten
 )  # fmt: skip
 async def change_tenant(context: InContext, service: AService, name: ByName, body: ChangeTenant) -> Tenant:
     """Runs that are already placed keep the wall that was chosen for them."""
-    return await context.store(
+    change = partial(
         tenants.change_tenant, context.deps.tenants, name=name, service_id=service.service_id, changes=body.changes
     )
+    detail = body.model_dump(mode="json", exclude_unset=True)
+    return await acting(context, service, "tenant.change", name, change, detail=detail)
 
 
 @router.delete(
@@ -70,7 +77,8 @@ async def delete_tenant(context: InContext, service: AService, name: ByName) -> 
     responses=problems(*_KEY, "not_found"),
 )  # fmt: skip
 async def add_key(context: InContext, service: AService, name: ByName) -> KeyCreated:
-    minted = await context.store(tenants.add_tenant_key, context.deps.tenants, name=name, service_id=service.service_id)
+    add = partial(tenants.add_tenant_key, context.deps.tenants, name=name, service_id=service.service_id)
+    minted = await acting(context, service, "key.create", name, add, result=lambda made: f"done: {made.id}")
     return KeyCreated(id=minted.id, key=minted.key)
 
 
@@ -79,6 +87,7 @@ async def add_key(context: InContext, service: AService, name: ByName) -> KeyCre
     responses=problems(*_KEY, "not_found"), response_class=Response,
 )  # fmt: skip
 async def revoke_key(context: InContext, service: AService, name: ByName, key_id: str) -> None:
-    await context.store(
+    revoke = partial(
         tenants.revoke_tenant_key, context.deps.tenants, name=name, key_id=key_id, service_id=service.service_id
     )
+    await acting(context, service, "key.revoke", name, revoke, detail={"key": key_id})

@@ -20,7 +20,7 @@ from service.relay.canary import CanaryKeeper, keep_canaries
 from service.relay.housekeeping import Housekeeping, keep_house
 from service.relay.metrics import RelayMetrics, StandingCollector
 from service.relay.relay import Relay, run
-from service.settings import Settings
+from service.settings import Settings, unknown_names
 from service.usecases.bundles import Bundles
 from service.usecases.canary import enrol, send
 from service.usecases.leftovers import finish_deletions, sweep_blobs
@@ -32,6 +32,7 @@ def main() -> None:
     settings = Settings()
     logs.configure(settings.log_level, program="relay")
     logs.own_the_streams()
+    logs.say_unknown(unknown_names())
     failpoints.arm(settings.failpoints, environment=settings.environment)
     stopped = False
 
@@ -45,7 +46,7 @@ def main() -> None:
     registry = metrics.new_registry("relay")
     relay = Relay(
         store,
-        RedisBus(settings.stream_url),
+        RedisBus(settings.stream_url, max_length=settings.stream_entries),
         owner=f"{settings.site}/{new_id('rly')}",
         lease=timedelta(seconds=settings.relay_lease_s),
         metrics=RelayMetrics(registry),

@@ -24,6 +24,11 @@ class RelayMetrics:
             "blastdoor_events_republished_total", "Events marked to be published again, since the stream lost them.",
             registry=registry,
         )  # fmt: skip
+        self._trimmed_unread = Counter(
+            "blastdoor_events_trimmed_unread_total",
+            "Events that a consumer group had not acknowledged when the stream grew too long; it gets them again.",
+            registry=registry,
+        )
         self._failures = Counter(
             "blastdoor_relay_failures_total", "Steps of the relay that failed, by whose answer was missing or wrong.",
             ("party",), registry=registry,
@@ -42,6 +47,9 @@ class RelayMetrics:
 
     def republishing(self, rows: int) -> None:
         self._republished.inc(rows)
+
+    def trimmed_unread(self, events: int) -> None:
+        self._trimmed_unread.inc(events)
 
     def failed(self, party: str) -> None:
         """`party`: store or bus."""

@@ -1,7 +1,7 @@
 """From the outbox to the bus: each committed event once on the stream, in the order of its number, whatever dies.
 
 SQL is the truth and the stream is disposable. Three facts carry the rest:
-- numbers are given after commit and without gaps, and a row's number never changes;
+- numbers are given after commit and without gaps, and a row's number changes only when it is published once more;
 - a number is the stream's entry id, so Redis refuses a second copy and whatever comes too late;
 - what is numbered above the stream's last entry is not on the stream, whatever we believed: it is published again.
 So nothing is ever tried again blindly: after any failure the stream is asked where it ends. The leader's lease only
@@ -21,6 +21,7 @@ from service.core.errors import BlastdoorError, Conflict, Unavailable
 from service.core.failpoints import Failpoint, reach
 from service.core.ports import Bus, Hints, Outbox, OutboxRow
 from service.relay.metrics import RelayMetrics
+from service.relay.trimming import Trimming
 
 BATCH_ROWS = 200
 SURVEY = timedelta(seconds=1)
@@ -51,6 +52,7 @@ class Relay:
         self._leading = False
         self._metrics = metrics or RelayMetrics()
         self._metrics.watch(leading=lambda: self._leading)
+        self._trimming = Trimming(outbox, bus, owner=owner, metrics=self._metrics, ask=self._ask)
         self._renew_at = 0.0
         self._survey_at = 0.0
         self._not_before = 0.0
@@ -115,7 +117,7 @@ class Relay:
             changed = identity != self._outbox.bus_identity()
             if self._doubt or changed or top is None or top < self._top:
                 # What the stream would trim away at once is not worth adding.
-                oldest = self._outbox.last_stamp() - self._bus.max_length()
+                oldest = self._outbox.last_stamp() - 2 * self._bus.max_length()
                 rows = self._outbox.mark_unpublished_after(max(top or 0, oldest))
                 if rows:
                     self._metrics.republishing(rows)
@@ -125,6 +127,7 @@ class Relay:
                 self._outbox.record_bus_identity(identity)
         self._top = top or 0
         self._doubt = False
+        self._behind = self._trimming.step() or self._behind
         self._survey_at = self._clock() + SURVEY.total_seconds()
 
     def _carry(self) -> bool:

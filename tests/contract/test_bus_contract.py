@@ -56,6 +56,12 @@ class InMemory:
     def lose(self) -> None:
         self.bus.lose()
 
+    def join(self, group: str) -> None:
+        self.bus.join(group)
+
+    def take(self, group: str, *, count: int, acknowledge: bool = True) -> list[str]:
+        return [row.event_id for row in self.bus.read(group, count=count, acknowledge=acknowledge)]
+
 
 class InRedis:
     def __init__(self, url: str, client: redis.Redis) -> None:
@@ -67,6 +73,16 @@ class InRedis:
 
     def lose(self) -> None:
         self._client.flushdb()
+
+    def join(self, group: str) -> None:
+        self._client.xgroup_create(STREAM, group, id="0")
+
+    def take(self, group: str, *, count: int, acknowledge: bool = True) -> list[str]:
+        found: Any = self._client.xreadgroup(group, "one", {STREAM: ">"}, count=count)
+        fresh = [entry for _, entries in found for entry in entries]
+        if acknowledge:
+            self._client.xack(STREAM, group, *(entry_id for entry_id, _ in fresh))
+        return [json.loads(fields["event"])["id"] for _, fields in fresh]
 
 
 def entries(client: redis.Redis) -> list[tuple[str, dict[str, str]]]:
@@ -149,6 +165,43 @@ class TestEveryBus:
         bus.publish([])
 
         assert bus.last_published() == 0
+
+    def test_it_says_how_far_its_readers_are(self, bus: Bus, kept: InMemory | InRedis) -> None:
+        bus.publish(_rows(1, 2, 3, 4))
+        for group in ("ahead", "behind", "holding"):
+            kept.join(group)
+        kept.take("ahead", count=4)
+        kept.take("behind", count=1)
+        kept.take("holding", count=3, acknowledge=False)
+        stream = bus.stream()
+
+        assert stream is not None
+        assert (stream.length, stream.first, stream.last) == (4, 1, 4)
+        assert {reader.group: (reader.delivered, reader.pending) for reader in stream.readers} == {
+            "ahead": (4, None), "behind": (1, None), "holding": (3, 1)
+        }  # fmt: skip
+        assert list(bus.pending("holding", first=2, below=9)) == [2, 3]
+        assert list(bus.pending("ahead", first=1, below=9)) == list(bus.pending("nobody", first=1, below=9)) == []
+
+    def test_there_are_no_readers_where_there_is_no_stream(self, kept: InMemory | InRedis) -> None:
+        assert kept.bus.stream() is None
+
+    def test_trimming_takes_what_is_below_and_numbers_go_on(self, bus: Bus, kept: InMemory | InRedis) -> None:
+        bus.publish(_rows(1, 2, 3))
+        kept.join("app")
+        kept.take("app", count=2, acknowledge=False)
+        bus.trim(3)
+        trimmed = bus.stream()
+        bus.trim(4)
+        empty = bus.stream()
+        bus.publish(_rows(4))
+
+        assert trimmed is not None
+        assert (trimmed.length, trimmed.first, trimmed.last, trimmed.readers[0].pending) == (1, 3, 3, None)
+        assert empty is not None
+        assert (empty.length, empty.first, empty.last) == (0, 4, 3)
+        assert kept.read() == ["evt_4"]
+        assert kept.take("app", count=9) == ["evt_4"]
 
     def test_it_says_who_it_is(self, bus: Bus) -> None:
         assert bus.identity() == bus.identity() != ""
@@ -233,13 +286,21 @@ class TestRedis:
         with pytest.raises(Conflict):
             bus.publish(_rows(2))
 
-    def test_the_stream_is_kept_to_about_its_length(self, client: redis.Redis) -> None:
-        bus = RedisBus(str(_url(client)), max_length=100)
+    def test_publishing_trims_nothing(self, client: redis.Redis) -> None:
+        bus = RedisBus(str(_url(client)), max_length=10)
         bus.create_stream()
         for first in range(1, 1001, 50):
             bus.publish(_rows(*range(first, first + 50)))
 
-        assert 100 <= client.xlen(STREAM) <= 300
+        assert client.xlen(STREAM) == 1000
+
+    def test_more_is_pending_than_is_asked_for_at_once(self, bus: RedisBus, client: redis.Redis) -> None:
+        bus.publish(_rows(*range(1, 2502)))
+        client.xgroup_create(STREAM, "app", id="0")
+        client.xreadgroup("app", "one", {STREAM: ">"})
+        client.xack(STREAM, "app", "7-0")
+
+        assert bus.pending("app", first=1, below=2501) == [*range(1, 7), *range(8, 2501)]
 
     def test_a_busy_consumer_group_does_not_get_in_the_way(self, bus: RedisBus, client: redis.Redis) -> None:
         client.xgroup_create(STREAM, "app", id="0")

@@ -77,11 +77,11 @@ class World:
         self.hints = RedisHints(redis_url)
         self._relays = 0
 
-    def start_relay(self) -> "subprocess.Popen[bytes]":
+    def start_relay(self, **settings: str) -> "subprocess.Popen[bytes]":
         self._relays += 1
         environment = {
             "PATH": os.environ["PATH"], "BLASTDOOR_DATABASE_URL": self.database, "BLASTDOOR_REDIS_URL": self.redis_url,
-            "BLASTDOOR_RELAY_LEASE_S": str(LEASE_S),
+            "BLASTDOOR_RELAY_LEASE_S": str(LEASE_S), **settings,
         }  # fmt: skip
         log = self._stack.enter_context((self._directory / f"relay-{self._relays}").open("wb"))
         relay = subprocess.Popen([sys.executable, "-m", "service.relay"], env=environment, stderr=log)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from datetime import timedelta
 from typing import NoReturn
 
 import structlog
@@ -24,7 +25,7 @@ from service.core.webhooks.urls import read_pairs
 from service.relay.metrics import WebhookMetrics
 from service.relay.webhooks.dispatcher import Dispatcher
 from service.relay.webhooks.loop import run
-from service.settings import Settings
+from service.settings import Settings, unknown_names
 
 ENDS_WITHIN_S = 1.8
 _LOG = structlog.get_logger()
@@ -57,7 +58,8 @@ async def serve(settings: Settings) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop)
-    dispatcher = Dispatcher(store, hooks, box, metrics=counted, ended=woken.set)
+    lease = timedelta(seconds=settings.webhook_lease_s)
+    dispatcher = Dispatcher(store, hooks, box, lease=lease, metrics=counted, ended=woken.set)
     _LOG.info("webhooks_started")
     await run(dispatcher, RedisHints(settings.broker_url), woken=woken, stopping=stopped.is_set)
     _LOG.info("webhooks_stopped")
@@ -69,6 +71,7 @@ def main() -> NoReturn:
     settings = Settings()
     logs.configure(settings.log_level, program="webhooks")
     logs.own_the_streams()
+    logs.say_unknown(unknown_names())
     failpoints.arm(settings.failpoints, environment=settings.environment)
     try:
         asyncio.run(serve(settings))

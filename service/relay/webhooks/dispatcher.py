@@ -15,6 +15,7 @@ from datetime import timedelta
 import structlog
 
 from service.core.errors import BlastdoorError
+from service.core.failpoints import Failpoint, reach
 from service.core.webhooks.breaker import PAUSE, Breaker
 from service.core.webhooks.models import Claimed, Owner, Settlement
 from service.core.webhooks.ports import Deliveries, SecretBox, Sender
@@ -106,6 +107,8 @@ class Dispatcher:
         if not wanted:
             return 0
         claimed = await asyncio.to_thread(self._store.claim_deliveries, wanted, lease=self._lease)
+        if claimed:
+            reach(Failpoint.HOOK_CLAIMED)
         for delivery in claimed:
             self._start(delivery, owners[delivery.endpoint_id])
         return len(claimed)
@@ -132,6 +135,7 @@ class Dispatcher:
     async def _attempt(self, claimed: Claimed) -> None:
         try:
             answer = await self._send(claimed)
+            reach(Failpoint.HOOK_SENT)
         except Exception:  # noqa: BLE001 - ours, not the receiver's: it must not stop the others, and must be seen
             _LOG.exception("delivery_broke", delivery=claimed.delivery_id, endpoint=claimed.endpoint_id)
             answer = Answer(error=Fault.PROTOCOL)

@@ -17,15 +17,23 @@ from service.usecases.canary import enrol
 from service.usecases.submit import submit
 from tests.any_request import Identity, Report, Target, ask_everything
 from tests.integration.api.conftest import Served, make_settings
+from tests.integration.api.test_cleanup import SITE, Platform, ask, away, planned
+from tests.integration.api.test_webhooks import EXCEPTED, URL, create, fail_all
 from tests.servers import RedisServer
 
-EXAMPLES = int(os.environ.get("BLASTDOOR_TEST_REQUESTS", "8"))
+EXAMPLES = int(os.environ.get("BLASTDOOR_TEST_REQUESTS", "5"))
 FINISHED_ONLY = ("GET",)
 """A run that waits would hold `wait` and a stream of events for as long as they ask."""
 NOT_IN_VAIN = {
-    "POST /v1/runs", "GET /v1/runs", "GET /v1/runs/{run_id}", "POST /v1/runs/{run_id}/cancel", "GET /v1/capabilities",
-    "GET /v1/runs/{run_id}/steps/{n}/stdout", "POST /v1/tenants", "PATCH /v1/tenants/{name}", "POST /v1/admin/services",
-    "PATCH /v1/admin/tenants/{name}", "POST /v1/admin/tenants/{name}/keys", "DELETE /v1/tenants/{name}",
+    "POST /v1/runs", "GET /v1/runs", "GET /v1/runs/{run_id}", "GET /v1/runs/{run_id}/events",
+    "POST /v1/runs/{run_id}/cancel", "GET /v1/capabilities", "GET /v1/runs/{run_id}/steps/{n}/stdout",
+    "POST /v1/tenants", "PATCH /v1/tenants/{name}", "POST /v1/admin/services", "PATCH /v1/admin/tenants/{name}",
+    "POST /v1/admin/tenants/{name}/keys", "DELETE /v1/tenants/{name}", "DELETE /v1/tenants/{name}/keys/{key_id}",
+    "DELETE /v1/admin/tenants/{name}/keys/{key_id}", "GET /v1/webhooks/{webhook_id}",
+    "POST /v1/webhooks/{webhook_id}/rotate", "DELETE /v1/webhooks/{webhook_id}",
+    "GET /v1/webhooks/{webhook_id}/deliveries", "POST /v1/webhooks/{webhook_id}/deliveries/{delivery_id}/replay",
+    "POST /v1/admin/dead-letters/{delivery_id}/replay", "GET /v1/admin/cleanup/{plan_id}", "POST /v1/admin/cleanup",
+    "DELETE /v1/admin/sites/{site}", "GET /v1/admin/boundaries", "POST /v1/admin/runs/{run_id}/kill",
 }  # fmt: skip
 pytestmark = pytest.mark.timeout(300 if EXAMPLES <= 10 else 7200)
 
@@ -33,11 +41,15 @@ pytestmark = pytest.mark.timeout(300 if EXAMPLES <= 10 else 7200)
 @pytest.fixture
 def settings(tmp_path: Path, sqlite_database: str, redis_server: RedisServer) -> Settings:
     """The one worker is a row that nobody renews, and one canary run has to last: fresh for as long as it is dug."""
-    return make_settings(tmp_path, sqlite_database, redis_server.url, worker_fresh_s=86400.0, canary_s=86400.0)
+    return make_settings(
+        tmp_path, sqlite_database, redis_server.url, worker_fresh_s=86400.0, canary_s=86400.0, webhook_allow=EXCEPTED
+    )
 
 
 def target_of(served: Served) -> Target:
-    """With a finished run, a queued one, another tenant's and one that never was; tenants that may come to harm."""
+    """With a finished run, a queued one, another tenant's and one that never was; tenants that may come to harm; two
+    webhooks whose deliveries failed; a plan of clean-up; a site that fell silent."""
+    ids = _with_webhooks(served) | _with_a_silent_site(served)
     finished, theirs = served.submit()["id"], served.submit("globex")["id"]
     served.play()
     served.play()
@@ -47,6 +59,8 @@ def target_of(served: Served) -> Target:
     queued = served.submit()["id"]
     served.client("operator").post("/v1/admin/tenants", json={"name": "victim"}).raise_for_status()
     served.client("shop").post("/v1/tenants", json={"name": "stall"}).raise_for_status()
+    victims_keys = [_key(served, "operator", f"/v1/admin/tenants/{name}/keys") for name in ("victim", "acme")]
+    stalls_keys = [_key(served, "shop", "/v1/tenants/stall/keys")]
 
     def identities(path: str) -> Sequence[Identity]:
         def bearer(who: str, **more: str) -> Identity:
@@ -65,10 +79,41 @@ def target_of(served: Served) -> Target:
 
     def known(method: str, path: str) -> Mapping[str, Sequence[str]]:
         runs = [finished, theirs, new_run_id()] if method in FINISHED_ONLY else [finished, queued, theirs, new_run_id()]
-        return {"run_id": runs, "n": ["1", "2"], "name": ["victim", "acme"] if "admin" in path else ["stall"]}
+        admin = "admin" in path
+        return ids | {
+            "run_id": runs, "n": ["1", "2"], "name": ["victim", "acme"] if admin else ["stall"],
+            "key_id": victims_keys if admin else stalls_keys, "delivery_id": ids["dead" if admin else "delivery_id"],
+        }  # fmt: skip
 
     document = served.client("nobody").get("/openapi.json").json()
     return Target(url=served.url, document=document, identities=identities, known=known)
+
+
+def _key(served: Served, who: str, path: str) -> str:
+    answer = served.client(who).post(path)
+    answer.raise_for_status()
+    return str(answer.json()["id"])
+
+
+def _with_webhooks(served: Served) -> dict[str, Sequence[str]]:
+    """A tenant's and another's, each with one delivery that was given up: the first is for its owner to send again, the
+    second for the operator."""
+    owners = ("acme", "globex")
+    made = [create(served, who, url=URL)["id"] for who in owners]
+    for who in owners:
+        served.submit(who)
+    dead = [fail_all(served, id_)[0] for id_ in made]
+    for _ in owners:
+        served.play()
+    return {"webhook_id": made[:1], "delivery_id": dead[:1], "dead": dead[1:]}
+
+
+def _with_a_silent_site(served: Served) -> dict[str, Sequence[str]]:
+    platform = Platform(served)
+    platform.build()
+    platform.reaper.look()
+    away(served, SITE)
+    return {"site": [SITE], "plan_id": [planned(ask(served, {"orphans": True}))["id"]]}
 
 
 def succeeded(report: Report) -> set[str]:

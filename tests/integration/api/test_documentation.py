@@ -94,8 +94,8 @@ def test_the_contracts_fields_are_those_of_the_document(document: dict[str, Any]
     run = schemas["Run"]["properties"]
     assert list(run) == [
         "id", "tenant", "metadata", "scenario", "bundle", "controls", "phase", "outcome", "reason", "message",
-        "attempt", "queue_position", "created_at", "started_at", "finished_at", "boundary_destroyed_at", "placement",
-        "steps", "usage", "artifacts", "skipped_artifacts", "evidence",
+        "attempt", "queue_position", "queue_reason", "created_at", "started_at", "finished_at",
+        "boundary_destroyed_at", "placement", "steps", "usage", "artifacts", "skipped_artifacts", "evidence",
     ]  # fmt: skip
     shown = schemas["CapabilitiesShown"]["properties"]
     assert set(shown) == {"boundaries", "runtimes", "limits", "quota"}

@@ -101,7 +101,8 @@ def test_a_run_is_told_from_its_beginning_to_its_result(served: Served) -> None:
         "3.3 output three", "4.0 phase collecting", "5.0 phase finished", "5.1 result passed",
     ]  # fmt: skip
     assert seen[3].json == {"step": 1, "stream": "stdout", "seq": 0, "text": "one"}
-    assert set(seen[0].json) == {"phase", "at", "attempt", "outcome", "reason", "queue_position"}
+    queue = {"queue_position", "queue_reason", "message"}
+    assert set(seen[0].json) == {"phase", "at", "attempt", "outcome", "reason", *queue}
     assert (seen[7].json["outcome"], seen[7].json["attempt"]) == ("passed", 1)
     shown = acme.get(f"/v1/runs/{played.id}").json()
     assert seen[-1].json | {"boundary_destroyed_at": None} == shown | {"boundary_destroyed_at": None}

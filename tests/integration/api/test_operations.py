@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from service.adapters.sql.schema import metadata
 from service.core.errors import Unavailable
 from service.core.ids import new_run_id
+from service.usecases.keys import key_hash
 from service.usecases.leftovers import finish_deletions
 from tests.factories import make_result
 from tests.integration.api.conftest import Served
@@ -190,6 +191,57 @@ def test_every_act_of_an_operator_is_in_the_log_with_who_and_which_result(served
     assert first["who"].startswith("key_")
     for secret in (key["key"], service["key"], *served.keys.values()):
         assert secret not in answer.text
+
+
+@on_both_databases
+def test_what_a_service_does_to_its_tenants_is_in_the_log_too(served: Served) -> None:
+    shop = served.client("shop")
+    shop.post("/v1/tenants", json={"name": "stall", "quota": {"queued": 5}})
+    shop.post("/v1/tenants", json={"name": "acme"})
+    shop.patch("/v1/tenants/stall", json={"affinity": "gpu"})
+    shop.patch("/v1/tenants/globex", json={"affinity": "gpu"})
+    key = shop.post("/v1/tenants/stall/keys").json()
+    shop.delete(f"/v1/tenants/stall/keys/{key['id']}")
+    shop.delete("/v1/tenants/globex/keys/key_none")
+    shop.delete("/v1/tenants/stall")
+    assert [shop.get(path).status_code for path in ("/v1/tenants", "/v1/tenants/corner")] == [200, 200]
+
+    answer = served.client("operator").get("/v1/admin/audit")
+
+    rows = list(reversed(answer.json()["items"]))
+    assert [(row["what"], row["target"], row["result"]) for row in rows] == [
+        ("tenant.create", "stall", "done"), ("tenant.create", "acme", "refused: tenant_exists"),
+        ("tenant.change", "stall", "done"), ("tenant.change", "globex", "refused: not_found"),
+        ("key.create", "stall", f"done: {key['id']}"), ("key.revoke", "stall", "done"),
+        ("key.revoke", "globex", "refused: not_found"), ("tenant.delete", "stall", "done"),
+    ]  # fmt: skip
+    used = served.store.find_key(key_hash(served.keys["shop"]))
+    assert used is not None
+    assert {row["who"] for row in rows} == {used.key_id}
+    assert rows[0]["detail"]["quota"]["queued"] == 5
+    assert rows[2]["detail"] == {"affinity": "gpu"}
+    for secret in (key["key"], *served.keys.values()):
+        assert secret not in answer.text
+
+
+def test_what_a_service_cannot_have_written_down_first_is_not_done(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**_: object) -> str:
+        raise Unavailable("the database cannot be used at the moment")
+
+    shop = served.client("shop")
+    with monkeypatch.context() as patch:
+        patch.setattr(served.app.state.context.deps.custody, "begin_act", full)
+        answers = [
+            shop.post("/v1/tenants", json={"name": "stall"}), shop.patch("/v1/tenants/corner", json={"affinity": "x"}),
+            shop.post("/v1/tenants/corner/keys"), shop.delete("/v1/tenants/corner/keys/key_1"),
+            shop.delete("/v1/tenants/corner"),
+        ]  # fmt: skip
+    assert [answer.status_code for answer in answers] == [503] * 5
+
+    found = shop.get("/v1/tenants").json()["items"]
+    assert [(tenant["name"], tenant["affinity"]) for tenant in found] == [("corner", None)]
 
 
 def test_the_log_is_read_in_pages(served: Served) -> None:
