@@ -32,9 +32,9 @@ from service.core.custody import ReaperStore
 from service.core.errors import BlastdoorError, Unavailable
 from service.core.ids import new_id
 from service.core.ports import RunLine, WorkerRecord
-from service.logs import configure, own_the_streams
+from service.logs import configure, own_the_streams, say_unknown
 from service.metrics import Address, new_registry, serve_if_asked
-from service.settings import Settings
+from service.settings import Settings, unknown_names
 from workers.drain import draining
 from workers.metrics import MeteredLine, MeteredRecovery, PoolMetrics, ReaperMetrics
 from workers.reaper import Reaper, Swept, watch_sites
@@ -126,6 +126,7 @@ def run_worker(settings: Settings) -> int:
     """Probe, register, consume. Returns when Celery stops; 3 when this host can build nothing."""
     configure(settings.log_level, program="worker")
     own_the_streams()
+    say_unknown(unknown_names())
     _silence_celery()
     parts = build(settings)
     capabilities = probe(parts.boundaries)
@@ -329,6 +330,7 @@ def run_reaper(settings: Settings) -> int:
     """Reconcile and sweep on a timer until SIGTERM or SIGINT, then once more. Returns 0."""
     configure(settings.log_level, program="reaper")
     own_the_streams()
+    say_unknown(unknown_names())
     parts = build(settings)
     registry = new_registry("reaper")
     metrics = ReaperMetrics(registry)

@@ -159,7 +159,7 @@ class GvisorKind:
             os.kill(worker.pid, signal.SIGKILL)
 
     def running(self, ref: BoundaryRef) -> bool:
-        group = self.boundary.cgroups.group(f"blastdoor-{self.installation}.{ref.name}")
+        group = self.boundary.group(ref)
         return bool(group.pids())
 
 

@@ -12,6 +12,7 @@ from service.adapters.memory import MemoryStore
 from service.adapters.sql.migrate import upgrade
 from service.adapters.sql.schema import installation, metadata, relay_state
 from service.adapters.sql_store import SqlStore
+from tests.roles import roled_store
 from tests.servers import PostgresServer
 from tests.summary import ran
 
@@ -55,7 +56,9 @@ def postgresql_store(postgres_server: PostgresServer, _migrated_postgres: SqlSto
     tables = ", ".join(table.name for table in metadata.sorted_tables if table.name not in kept)
     with _migrated_postgres._db.write() as connection:
         connection.execute(sa.text(f"TRUNCATE {tables}"))
-        connection.execute(sa.update(relay_state).values(owner=None, lease_until=None, last_stamp=0, bus_identity=None))
+        connection.execute(
+            sa.update(relay_state).values(owner=None, lease_until=None, last_stamp=0, bus_identity=None, owed="{}")
+        )
     return _migrated_postgres
 
 
@@ -68,8 +71,6 @@ def _migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def _migrated_postgres(postgres_server: PostgresServer) -> Iterator[SqlStore]:
-    with postgres_server.fresh_database() as url:
-        upgrade(url)
-        store = SqlStore(url)
+    """Each question is asked under the role of a process that asks it, so what a role lacks shows here."""
+    with roled_store(postgres_server) as store:
         yield store
-        store.close()

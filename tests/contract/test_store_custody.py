@@ -158,7 +158,12 @@ class TestQuarantine:
         run = add_run(store)
         held = bring_to(store, Phase.FINISHED)
 
+        before = store.lease_of(run.id)
         assert [store.record_quarantined(run.id, held.fence) for _ in range(2)] == [True, False]
+        after = store.lease_of(run.id)
+        assert before is not None
+        assert after is not None
+        assert (before.quarantined_fence, after.quarantined_fence) == (0, held.fence)
         assert store.record_destroyed(run.id, held.fence)
         assert not store.record_quarantined(run.id, held.fence), "it is gone"
         assert types_told(store, run.id)[-2:] == ["boundary.quarantined", "boundary.destroyed"]
@@ -166,7 +171,7 @@ class TestQuarantine:
         assert events[-2]["data"]["fence"] == held.fence
         assert [event["sequence"] for event in events] == sorted({event["sequence"] for event in events})
 
-    @pytest.mark.parametrize("run_id", [new_run_id(), "\0"])
+    @pytest.mark.parametrize("run_id", [new_run_id(), "\0"], ids=["unknown", "nonsense"])
     def test_of_a_run_that_is_not_there_nothing_is_told(self, store: Store, run_id: str) -> None:
         assert not store.record_quarantined(run_id, 1)
 

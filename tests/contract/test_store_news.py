@@ -17,6 +17,7 @@ from service.core.run import Phase
 from service.usecases.follow import next_told
 from tests.contract.conftest import Store
 from tests.contract.store_steps import (
+    DAY,
     RUN_OUT,
     add_run,
     add_tenant,
@@ -53,7 +54,7 @@ def all_told(store: Store, run_id: str, *, after: Mark = START) -> list[tuple[Ma
     """As a watcher sees it, page by page."""
     seen: list[tuple[Mark, str, str]] = []
     while True:
-        found = next_told(store, run_id=run_id, tenant="acme", after=after)
+        found = next_told(store, run_id=run_id, tenant="acme", after=after, worker_fresh=DAY)
         seen += [(one.mark, one.event, one.data) for one in found.items]
         after = found.after
         if not found.more:
@@ -316,10 +317,10 @@ class TestWhatAWatcherSees:
         add_tenant(store)
         run = finished_run(store)
         with pytest.raises(NotFound):
-            next_told(store, run_id=run.id, tenant="other", after=START)
+            next_told(store, run_id=run.id, tenant="other", after=START, worker_fresh=DAY)
         store.delete_run(run.id, "acme")
         with pytest.raises(NotFound):
-            next_told(store, run_id=run.id, tenant="acme", after=START)
+            next_told(store, run_id=run.id, tenant="acme", after=START, worker_fresh=DAY)
 
     def test_who_reads_while_it_is_told_misses_nothing_and_sees_nothing_twice(self, store: Store) -> None:
         add_tenant(store)
@@ -331,7 +332,7 @@ class TestWhatAWatcherSees:
             seen: list[tuple[Mark, str, str]] = []
             after = START
             while True:
-                found = next_told(store, run_id=run_id, tenant="acme", after=after)
+                found = next_told(store, run_id=run_id, tenant="acme", after=after, worker_fresh=DAY)
                 seen += [(one.mark, one.event, one.data) for one in found.items]
                 after = found.after
                 if found.ended:

@@ -15,7 +15,7 @@ from alembic.migration import MigrationContext
 
 from service.adapters.sql.custody import PLAYING
 from service.adapters.sql.deliveries import DUE, DUE_OF_ONE, UNFANNED_EVENTS
-from service.adapters.sql.documents import POSITIONS
+from service.adapters.sql.documents import AHEAD, RANKS
 from service.adapters.sql.engine import Database
 from service.adapters.sql.fairness import FAIREST, SOMETHING_TO_CLAIM
 from service.adapters.sql.keeping import EXPIRED, EXPIRED_WITH_BLOBS, STORED
@@ -168,7 +168,8 @@ def test_a_writer_elsewhere_is_waited_for_and_then_it_is_unavailable(
         (SOMETHING_TO_CLAIM, {"ix_run_claimable", "ix_run_tenant_phase_id"}),
         (QUEUED, {"ix_run_queued"}),
         (UNDESTROYED, {"ix_run_not_known_gone"}),
-        (POSITIONS, {"ix_run_queue"}),
+        (AHEAD, {"ix_run_queue"}),
+        (RANKS, {"ix_run_queue"}),
         (UNSTAMPED, {"ix_outbox_unstamped"}),
         (STORED, {"ix_run_blob_tenant_digest_bytes"}),
         (UNFANNED_EVENTS, {"ix_outbox_unfanned"}),
@@ -187,7 +188,8 @@ def test_a_writer_elsewhere_is_waited_for_and_then_it_is_unavailable(
         "waiting",
         "leases",
         "undestroyed",
-        "positions",
+        "ahead",
+        "ranks",
         "stamp",
         "stored",
         "fan-out",

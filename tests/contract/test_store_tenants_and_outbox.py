@@ -205,6 +205,40 @@ class TestOutbox:
         assert [row.pub_seq for row in store.unpublished(limit=2)] == [1, 2]
         assert store.mark_unpublished_after(3) == 0
 
+    def test_an_event_that_is_told_again_gets_a_new_number_and_keeps_all_else(self, store: Store) -> None:
+        add_tenant(store, concurrent=9)
+        for _ in range(5):
+            add_run(store)
+        store.lead("relay", lease=LEASE)
+        first = {row.pub_seq: row.event_id for row in store.stamp("relay", limit=9)}
+        store.mark_published(list(first))
+
+        assert store.stamp_again("relay", first=2, last=4, limit=2) == 2
+        assert store.stamp_again("relay", first=2, last=4, limit=2) == 1
+        assert store.stamp_again("relay", first=2, last=4, limit=2) == 0
+        assert {row.pub_seq: row.event_id for row in store.unpublished(limit=9)} == {
+            6: first[2], 7: first[3], 8: first[4]
+        }  # fmt: skip
+        assert [row.pub_seq for row in store.retained(after=0, limit=9)] == [1, 5, 6, 7, 8]
+        assert store.last_stamp() == 8
+        add_run(store)
+        assert [row.pub_seq for row in store.stamp("relay", limit=9)] == [9]
+
+    def test_what_readers_are_owed_is_kept_and_only_the_leader_writes_it(self, store: Store) -> None:
+        owed = {"app": ((1, 5), (9, 9)), 'odd "group"\u20ac': ((2, 2),)}
+        assert store.owed() == {}
+        assert not store.record_owed("one", owed)
+        store.lead("one", lease=LEASE)
+        assert store.record_owed("one", owed)
+
+        assert store.owed() == owed
+        assert not store.record_owed("two", {})
+        assert store.stamp_again("two", first=1, last=9, limit=9) == 0
+        store.lead("one", lease=RUN_OUT)
+        assert not store.record_owed("one", {})
+        assert store.stamp_again("one", first=1, last=9, limit=9) == 0
+        assert store.owed() == owed
+
     def test_the_events_of_internal_tenants_get_no_number(self, store: Store) -> None:
         add_tenant(store, name="_canary")
         add_tenant(store)
