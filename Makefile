@@ -6,7 +6,7 @@ LOCK := .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --gen
 	--no-header --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench fuzz lock clean
+.PHONY: help demo test check bench soak fuzz lock clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,10 @@ bench: root ## Measure, print, and write bench.json; ARGS="upload limits" measur
 	@scripts/setup.sh
 	@$(PYTHON) -m tests.bench $(ARGS)
 
+soak: root ## Kill, stop and flush everything at random under 1,000 runs, with real times; writes soak.json; ARGS="--runs N --seed N"
+	@scripts/setup.sh
+	@$(PYTHON) -m tests.faults $(ARGS)
+
 fuzz: ## Throw 200,000 mutated archives at the extractor; ARGS="--runs N" for another number
 	@scripts/setup.sh --development
 	@$(PYTHON) -m tests.fuzz $(or $(ARGS),--runs 200000)
@@ -38,7 +42,7 @@ lock: ## Write the lock files again from pyproject.toml; ARGS=--upgrade takes ne
 	@git --no-pager diff --stat -- requirements.lock requirements-dev.lock
 
 clean: ## Remove what these targets made in this checkout, the virtual environment included
-	@rm -rf .venv .cache .hypothesis build dist bench.json workers/boundaries/gvisor/init
+	@rm -rf .venv .cache .hypothesis build dist bench.json soak.json soak-history.jsonl workers/boundaries/gvisor/init
 	@find service workers tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 .PHONY: root

@@ -9,7 +9,7 @@ listed really is gone. Two reapers at once are safe: destroying is idempotent, r
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import structlog
 
@@ -60,17 +60,26 @@ class _World:
     states: Mapping[str, BoundaryState]
 
 
+def host_now() -> datetime:
+    return datetime.now(UTC)
+
+
 class Reaper:
-    """Of one site. Keeps nothing between two passes but what is in the store."""
+    """Of one site. Keeps nothing between two passes but what is in the store.
+
+    `host_now` is this host's clock. By it alone the boundaries of probes live, which no database knows of: the same
+    clock said until when. All else goes by the database's."""
 
     def __init__(
         self, boundaries: Iterable[Boundary], runs: ReaperStore, hints: Hints, *, installation: str, site: str,
         quarantine_after: timedelta = QUARANTINE_AFTER, on_quarantine: Callable[[], None] = lambda: None,
+        host_now: Callable[[], datetime] = host_now,
     ) -> None:  # fmt: skip
         self._by_kind = {boundary.kind: boundary for boundary in boundaries}
         self._runs, self._hints = runs, hints
         self._installation, self._site = installation, site
         self._quarantine_after, self._on_quarantine = quarantine_after, on_quarantine
+        self._host_now = host_now
 
     def sweep(self) -> Swept:
         """One pass. A boundary that cannot be listed is logged, does not stop the others, and nothing is called
@@ -81,7 +90,7 @@ class Reaper:
         resisted = self._destroy(unwanted)
         destroyed = [ref for ref in unwanted if ref.name not in resisted]
         self._runs.drop_from_inventory(self._site, [ref.name for ref in destroyed])
-        absent = [view for view in unclaimed if _is_absent(view, world.listed)]
+        absent = _absent(unclaimed, world.listed)
         facts = [(ref.run_id, ref.fence) for ref in destroyed] + [(view.run_id, view.fence) for view in absent]
         recorded = sum(self._record(run_id, fence) for run_id, fence in facts)
         still = [ref for ref in unwanted if ref.name in resisted]
@@ -102,7 +111,12 @@ class Reaper:
         found = [
             Observed(
                 ref=ref,
-                state=state_of(ref, views.get(ref.run_id), now=now, resists=ref.name in resisting),
+                state=state_of(
+                    ref,
+                    views.get(ref.run_id),
+                    now=self._host_now() if ref.fence == 0 else now,
+                    resists=ref.name in resisting,
+                ),
             )
             for ref in refs
         ]
@@ -182,10 +196,13 @@ class Reaper:
 
 def sweep(
     boundaries: Iterable[Boundary], runs: ReaperStore, hints: Hints, *, installation: str, site: str,
-    quarantine_after: timedelta = QUARANTINE_AFTER,
+    quarantine_after: timedelta = QUARANTINE_AFTER, host_now: Callable[[], datetime] = host_now,
 ) -> Swept:  # fmt: skip
     """One pass of a reaper that is made for it."""
-    reaper = Reaper(boundaries, runs, hints, installation=installation, site=site, quarantine_after=quarantine_after)
+    reaper = Reaper(
+        boundaries, runs, hints, installation=installation, site=site, quarantine_after=quarantine_after,
+        host_now=host_now,
+    )  # fmt: skip
     return reaper.sweep()
 
 
@@ -195,18 +212,22 @@ def watch_sites(runs: ReaperStore, hints: Hints, *, own: str, silent_after: time
     now = runs.now()
     silent = [site.name for site in runs.sites() if site.name != own and site.is_silent(now=now, after=silent_after)]
     for name in silent:
-        for view in runs.undestroyed(name):
+        unsaid = [view for view in runs.undestroyed(name) if view.quarantined_fence < view.fence]
+        for view in unsaid:
             if runs.record_quarantined(view.run_id, view.fence):
                 log.warning("site silent; its boundary is quarantined", site=name, run_id=view.run_id, fence=view.fence)
                 hints.hint("outbox", view.run_id)
     return silent
 
 
-def _is_absent(view: LeaseView, listed: Mapping[BoundaryKind, Sequence[BoundaryRef] | None]) -> bool:
-    """Nobody acted on the run before the world was listed, and the world has no trace of its boundary: the worker died
-    before it created anything, or after it destroyed everything."""
-    refs = listed.get(BoundaryKind(view.boundary.split("/")[0].split("+")[0]))
-    return refs is not None and all((ref.run_id, ref.fence) != (view.run_id, view.fence) for ref in refs)
+def _absent(
+    unclaimed: Iterable[LeaseView], listed: Mapping[BoundaryKind, Sequence[BoundaryRef] | None]
+) -> list[LeaseView]:
+    """Nobody acted on these runs before the world was listed, and the world has no trace of their boundaries: the
+    worker died before it created anything, or after it destroyed everything."""
+    there = {kind: {(ref.run_id, ref.fence) for ref in refs} for kind, refs in listed.items() if refs is not None}
+    kinds = [(view, BoundaryKind(view.boundary.split("/")[0].split("+")[0])) for view in unclaimed]
+    return [view for view, kind in kinds if kind in there and (view.run_id, view.fence) not in there[kind]]
 
 
 def _discovered(boundary: Boundary) -> list[BoundaryRef] | None:

@@ -39,7 +39,7 @@ from service.core.failpoints import Failpoint, reach
 from service.core.lease import cancelled as cancelled_verdict
 from service.core.news import News
 from service.core.ports import Blobs, Claim, Doorbell, Hints, RunLine
-from service.core.run import Outcome, Reason, Result, Verdict, output_name
+from service.core.run import Outcome, Reason, Result, Run, Verdict, output_name
 from service.core.scenario import Step
 from service.core.verdict import JudgedStep, judge_files, judge_run, judge_step, skipped
 from workers.live import Live
@@ -171,7 +171,12 @@ def _play_through(line: Line, claim: Claim, boundary: Boundary, ref: BoundaryRef
     logger = log.bind(run_id=run.id, fence=fence)
     played = _Played()
     storage = _Storage(line.blobs, run.tenant)
-    spec = BoundarySpec(limits=run.controls.limits, network=run.controls.network, runtime=claim.scenario.runtime)
+    spec = BoundarySpec(
+        limits=run.controls.limits,
+        network=run.controls.network,
+        runtime=claim.scenario.runtime,
+        lifetime=line.times.lease + _lifetime(run),
+    )
     try:
         live.progress("boundary", "started", text=run.placement.boundary)
         with boundary.open(spec, ref, cancelled=watch) as sandbox:
@@ -345,7 +350,6 @@ def _pass_on(line: Line, boundary: str, logger: structlog.stdlib.BoundLogger) ->
 
 def _ref(line: Line, claim: Claim) -> BoundaryRef:
     run = claim.run
-    lifetime = run.controls.limits.wall + timedelta(seconds=2 * _TEARDOWN_S)
     return BoundaryRef(
         installation=line.installation,
         kind=run.placement.kind,
@@ -354,6 +358,11 @@ def _ref(line: Line, claim: Claim) -> BoundaryRef:
         tenant=run.tenant,
         run_id=run.id,
         fence=claim.fence,
-        expires_at=claim.lease_until + lifetime,
+        expires_at=claim.lease_until + _lifetime(run),
         created_at=claim.lease_until - line.times.lease,
     )
+
+
+def _lifetime(run: Run) -> timedelta:
+    """Of a boundary, beyond the lease that it was claimed with."""
+    return run.controls.limits.wall + timedelta(seconds=2 * _TEARDOWN_S)

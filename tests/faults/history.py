@@ -8,11 +8,12 @@ answer    what a client was told: asker (its tenant), asked_at, at, status; abou
           runs and tokens (every run id and token anywhere in the body); of a run's own document: phase, outcome, reason
 event     a row of the outbox, by run and seq: run, tenant, id, seq, type, fence (null where its data has none), outcome
 bus       an entry of the stream as a consumer read it: entry, id, run, tenant, seq, type, outcome; read again: again
+endpoint  a tenant's webhook stood, from before its first run, and wants the end of each: receiver
 webhook   a delivery as its receiver got it: id, run, type, receiver (the tenant it speaks for)
 boundary  the platform's journal, in its own order: what (opened, played, closed), run, fence, and when it was opened
           `beside`: the other fences of this run that stood then
 world     what stood when the host was looked at: live, a list of [run, fence]
-write     a worker's attempt to write: run, fence, held (the run's fence then), accepted
+write     a worker's attempt to write: run, fence, held (the fence of who acted on the run then; 0: nobody), accepted
 row       the run in the database at the end: run, tenant, phase, outcome, reason, fence, destroyed_fence
 sweep     what was found of the installation on this machine: found; planted is true where something had been put there
 Instants are seconds of one clock. Other kinds are notes, and are passed over.
@@ -124,6 +125,7 @@ def _quiet_after_the_end(run: str, events: Sequence[Entry]) -> Iterator[Violatio
 
 
 def _is_told_once(history: _History) -> Iterator[Violation]:
+    listening = {entry["receiver"] for entry in history.of_kind["endpoint"]}
     for run in history.accepted:
         entries = history.of_run[run]
         terminal = {str(entry["id"]) for entry in _terminal(entries["bus"])}
@@ -132,6 +134,8 @@ def _is_told_once(history: _History) -> Iterator[Violation]:
         hooked = {str(entry["id"]) for entry in _terminal(entries["webhook"])}
         if hooked - terminal:
             yield Violation("I3", run, f"a webhook told of another terminal event: {sorted(hooked - terminal)}")
+        if not hooked and history.accepted[run]["tenant"] in listening:
+            yield Violation("I3", run, "no webhook told of its end")
         stored = [str(event["id"]) for event in _by_seq(entries["event"])]
         first_read = list(dict.fromkeys(str(entry["id"]) for entry in entries["bus"]))
         if lacking := set(stored) - set(first_read):

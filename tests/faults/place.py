@@ -16,15 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import redis
 import sqlalchemy as sa
 
 from service.adapters.sql_store import SqlStore
+from tests.faults.program import REDIS_CONFIGURATION, WRITES
 from tests.servers import LOOPBACK, ONCE, NotInstalled, _free_port
 from tests.sweep import Found, swept
 
 ROOT = Path(__file__).parents[2]
 WITHIN_S = 60.0
+WRITES_FILE = "writes.jsonl"
 SCALED = {
     "BLASTDOOR_ENVIRONMENT": "test",
     "BLASTDOOR_WORKER_CONCURRENCY": "1",
@@ -37,6 +40,7 @@ SCALED = {
     "BLASTDOOR_PROBE_S": "2",
     "BLASTDOOR_WORKER_FRESH_S": "600",
     "BLASTDOOR_RELAY_LEASE_S": "1.5",
+    "BLASTDOOR_WEBHOOK_LEASE_S": "2",
     "BLASTDOOR_CANARY_S": "86400",
 }
 REAL = {"BLASTDOOR_ENVIRONMENT": "test", "BLASTDOOR_CANARY_S": "86400", "BLASTDOOR_WORKER_FRESH_S": "600"}
@@ -50,6 +54,12 @@ def eventually(look: Callable[[], Any], *, seconds: float = WITHIN_S, why: Calla
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {why()}"
         time.sleep(0.05)
     return found
+
+
+def is_up(url: str) -> bool:
+    with suppress(httpx.HTTPError):
+        return httpx.get(f"{url}/healthz", trust_env=False, timeout=2).status_code == 200
+    return False
 
 
 class Forks:
@@ -113,6 +123,8 @@ class Program:
 
     def pool(self) -> list[int]:
         """A worker's children that play runs: those it has forked and that run the same program."""
+        if not self.running:
+            return []
         with suppress(OSError):
             own = Path(f"/proc/{self.pid}/cmdline").read_bytes()
             children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
@@ -143,9 +155,10 @@ class Program:
         self.send(signal.SIGCONT)
 
     def kill(self) -> None:
-        """It, and whatever of its session is left."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+        """It and its children. One that is gone had children that see its end, and its number may be another's now."""
+        if self.running:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -165,7 +178,9 @@ def _read(path: str) -> bytes:
 class FragileRedis:
     """A Redis with an append-only file, on a port of its own, that is killed and started again."""
 
-    def __init__(self, directory: Path, *, fsync: str = "everysec") -> None:
+    _program: Program | None
+
+    def __init__(self, forks: Forks, directory: Path, *, fsync: str = "everysec") -> None:
         if shutil.which("redis-server") is None:
             raise NotInstalled("redis-server is not installed")
         self.directory, self.port, self.password = directory, _free_port(), secrets.token_urlsafe(16)
@@ -176,8 +191,9 @@ class FragileRedis:
             f"bind {LOOPBACK}\nport {self.port}\ndir {directory}\nrequirepass {self.password}\n"
             f'save ""\nappendonly yes\nappendfsync {fsync}\ndaemonize no\n'
         )
-        self._process: subprocess.Popen[bytes] | None = None
+        self._forks, self._program, self._starting = forks, None, threading.Lock()
         self.start()
+        eventually(self.answers, seconds=20, why=lambda: (directory / "log").read_text()[-2000:])
 
     @property
     def url(self) -> str:
@@ -187,14 +203,14 @@ class FragileRedis:
         return redis.Redis.from_url(self.url, decode_responses=True, socket_timeout=2, retry=ONCE)
 
     def start(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            return
-        with (self.directory / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "redis-server", str(self._configuration)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={"PATH": os.defpath},
-            )  # fmt: skip
-        eventually(self.answers, seconds=20, why=lambda: (self.directory / "log").read_text()[-2000:])
+        """From any thread: it dies with the program that forks, not with the thread that asked. It may be stopped or
+        killed again before it has answered."""
+        with self._starting:
+            if not self._program_runs():
+                if self._program is not None:
+                    self._program.kill()
+                env = {"PATH": os.environ["PATH"], REDIS_CONFIGURATION: str(self._configuration)}
+                self._program = Program(self._forks, "redis", env=env, log=self.directory / "log")
 
     def answers(self) -> bool:
         with self.client() as client:
@@ -204,20 +220,21 @@ class FragileRedis:
                 return False
 
     def send(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
+        assert self._program is not None
+        self._program.send(number)
         if number is signal.SIGKILL:
-            self._process.wait()
+            eventually(lambda: not self._program_runs())
+
+    def _program_runs(self) -> bool:
+        return self._program is not None and self._program.running
 
     def flush(self) -> None:
         with self.client() as client, suppress(redis.RedisError):
             client.flushall()
 
     def end(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGCONT)
-            self._process.terminate()
-            self._process.wait(20)
+        if self._program is not None:
+            self._program.end()
 
 
 @dataclass
@@ -255,7 +272,7 @@ class Place:
     def rows(self) -> list[dict[str, Any]]:
         """Every run, as the database has it."""
         query = (
-            "SELECT id, tenant, phase, outcome, reason, attempt, fence, destroyed_fence, lease_owner FROM run "
+            "SELECT id, tenant, phase, outcome, reason, attempt, fence, destroyed_fence, lease_owner, site FROM run "
             "ORDER BY id"
         )
         return self.query(query)
@@ -276,9 +293,9 @@ class Place:
         )
         return rows[0]["runs"] == 0 and rows[0]["events"] == 0
 
-    def left(self) -> list[str]:
+    def left(self, *, within_s: float) -> list[str]:
         """What carries this installation's mark on this machine, once nothing more goes away."""
-        found: list[Found] = swept(self.installation, within_s=10)
+        found: list[Found] = swept(self.installation, within_s=within_s)
         home = self.directory / "run"
         stands = list(home.glob(f"*/{self.installation}/paper/*/*")) if home.is_dir() else []
         stands += list(home.glob(f"*/{self.installation}/bd-*")) if home.is_dir() else []
@@ -308,13 +325,14 @@ def run_place(
     url = database or f"sqlite:///{directory / 'blastdoor.db'}"
     store = SqlStore(url)
     store.migrate()
-    server = FragileRedis(directory / "redis", fsync=fsync)
+    server = FragileRedis(forks, directory / "redis", fsync=fsync)
     environment = {
         "PATH": os.environ["PATH"],
         "LANG": "C.UTF-8",
         "BLASTDOOR_STATE_DIR": str(directory / "state"),
         "BLASTDOOR_DATABASE_URL": url,
         "BLASTDOOR_REDIS_URL": server.url,
+        WRITES: str(directory / WRITES_FILE),
         **({"PAPER": "1"} if paper else {}),
         **(SCALED if settings is None else settings),
     }

@@ -7,24 +7,31 @@ costs milliseconds instead of seconds, and many can be afforded.
 """
 
 import ctypes
+import functools
 import importlib
 import json
 import os
 import random
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakSet
 
 from service.adapters.failpoints import act
 from service.adapters.sql.engine import Database
+from service.adapters.sql_store import SqlStore
+from service.core.errors import LeaseLost
 from service.core.failpoints import Action, Failpoint, install, parse
 
-ROLES = ("worker", "reaper", "api", "relay")
-PAPER = "PAPER"
+PAPER, REDIS_CONFIGURATION = "PAPER", "REDIS_CONFIGURATION"
+WRITES = "WRITES"
+"""Of the environment: a file in which each attempt of a worker to write as the owner of a run is noted."""
+WITHOUT_LIFETIME = "WITHOUT_LIFETIME"
+"""Of the environment, for a positive control: boundaries end by the host's clock."""
 FAULT_FILE = "FAULT_FILE"
 """Of the environment: a file with one failpoint, `NAME:ACTION`, that may be written while the process runs. The process
 that reaches it takes the file, and acts."""
@@ -33,11 +40,17 @@ _PR_SET_PDEATHSIG = 1
 
 def run(role: str) -> int:
     """With the settings of the environment. -> the exit status."""
+    if role == "redis":
+        os.execvp("redis-server", ["redis-server", os.environ[REDIS_CONFIGURATION]])
     if os.environ.get(PAPER):
         from service.core.boundary import BoundaryKind
         from workers import registry
 
         registry.DRIVERS = dict.fromkeys(BoundaryKind, "tests.faults.paper:PaperBoundary")
+    if path := os.environ.get(WRITES):
+        _note_writes(path)
+    if os.environ.get(WITHOUT_LIFETIME):
+        _forget_lifetimes()
     if path := os.environ.get(FAULT_FILE):
         _know_databases()
         install(lambda point: _act_once(point, path))
@@ -50,9 +63,50 @@ def run(role: str) -> int:
 
         relay()
         return 0
+    if role == "webhooks":
+        from service.relay.webhooks.__main__ import main as webhooks
+
+        webhooks()
     from workers.app import start
 
     return start(role)
+
+
+def _note_writes(path: str) -> None:
+    for name in ("mark_running", "mark_collecting", "finish", "requeue"):
+        setattr(SqlStore, name, _noted(getattr(SqlStore, name), path))
+
+
+def _noted(write: Callable[..., Any], path: str) -> Callable[..., Any]:
+    """With the fence of who acted on the run just before, 0 for nobody: since fences rise, a write under another one
+    must be refused, whatever came in between."""
+
+    @functools.wraps(write)
+    def noted(self: SqlStore, run_id: str, fence: int, *args: Any, **more: Any) -> Any:
+        view = self.lease_of(run_id)
+        held = view.fence if view is not None and view.is_active else 0
+        try:
+            answer = write(self, run_id, fence, *args, **more)
+        except LeaseLost:
+            _append(path, run=run_id, fence=fence, held=held, accepted=False, what=write.__name__)
+            raise
+        _append(path, run=run_id, fence=fence, held=held, accepted=True, what=write.__name__)
+        return answer
+
+    return noted
+
+
+def _append(path: str, **entry: Any) -> None:
+    line = json.dumps({"kind": "write", "at": time.time(), "pid": os.getpid()} | entry) + "\n"
+    with open(path, "ab", buffering=0) as file:  # one write: several processes append
+        file.write(line.encode())
+
+
+def _forget_lifetimes() -> None:
+    from workers import run_scenario
+
+    made = run_scenario.BoundarySpec
+    run_scenario.BoundarySpec = lambda **words: made(**words | {"lifetime": None})  # type: ignore[assignment,misc]
 
 
 @contextmanager
@@ -95,7 +149,8 @@ def _act_once(point: Failpoint, path: str) -> None:
 _MODULES = (
     "celery.apps.worker", "celery.concurrency.prefork", "kombu.transport.redis", "uvicorn.loops.uvloop",
     "uvicorn.protocols.http.httptools_impl", "service.adapters.celery_bell", "service.adapters.sql.migrate",
-    "service.main", "service.relay.__main__", "sqlalchemy.dialects.sqlite", "tests.faults.paper", "workers.app",
+    "service.main", "service.relay.__main__", "service.relay.webhooks.__main__", "sqlalchemy.dialects.sqlite",
+    "tests.faults.paper", "workers.app",
     "workers.boundaries.gvisor.driver", "workers.boundaries.gvisor.probe",
 )  # fmt: skip
 

@@ -16,11 +16,11 @@ import redis
 from service.core.events import STREAM
 from tests.faults.history import Entry
 from tests.faults.paper import JOURNAL
-from tests.faults.place import Place
+from tests.faults.place import WRITES_FILE, Place
 from tests.sweep import CGROUPS
 
 _NAME = re.compile(r"bd-([0-9a-f]{32})-f([0-9]+)")
-LOOK_S = 0.05
+LOOK_S = 0.1
 
 
 class Recorder:
@@ -58,22 +58,30 @@ class Recorder:
             for thread in threads:
                 thread.join()
 
-    def conclude(self, place: Place) -> None:
-        """What there is at the end: rows, events, the whole stream, the journals, a sweep and one that must find."""
+    def conclude(self, place: Place, *, leave_s: float = 10) -> None:
+        """What there is at the end: rows, events, the whole stream, the journals, a sweep and one that must find.
+        `leave_s`: for so long what is about to go may still be there."""
         for row in place.rows():
             if not row["tenant"].startswith("_"):
                 self.add("row", run=row["id"], **{name: value for name, value in row.items() if name != "id"})
         for row in place.outbox():
             if not row["event"]["tenant"].startswith("_"):
-                self.add("event", **_told(row["event"]))
+                self.add("event", **as_judged(row["event"]))
         _StreamReader(self, place).look()
-        for journal in sorted((place.directory / "run").glob(f"*/*/paper/{JOURNAL}")):
-            for line in journal.read_text().splitlines():
-                entry = json.loads(line)
-                self.add(entry.pop("kind"), **entry)
-        self.add("sweep", planted=False, found=place.left())
+        journals = [*sorted((place.directory / "run").glob(f"*/*/paper/{JOURNAL}")), place.directory / WRITES_FILE]
+        lines = [line for path in journals if path.exists() for line in path.read_text().splitlines()]
+        for entry in sorted(map(json.loads, lines), key=lambda entry: float(entry["at"])):  # sites have one clock here
+            self.add(entry.pop("kind"), **entry)
+        self.add("sweep", planted=False, found=place.left(within_s=leave_s))
         with _planted(place):
-            self.add("sweep", planted=True, found=place.left())
+            self.add("sweep", planted=True, found=place.left(within_s=0))
+
+    def so_far(self, place: Place) -> list[Entry]:
+        """The history as it would be if everything ended now."""
+        with Recorder(Path(os.devnull)) as other:
+            other.entries = list(self.entries)
+            other.conclude(place, leave_s=0)
+            return other.entries
 
 
 def _again_and_again(look: Callable[[], None], stop: threading.Event) -> None:
@@ -91,7 +99,7 @@ class _StreamReader:
     def look(self) -> None:
         while entries := self._client.xrange(STREAM, min=f"({self._after}", count=500):
             for entry, fields in entries:
-                self._recorder.add("bus", entry=entry, **_told(json.loads(fields["event"])))
+                self._recorder.add("bus", entry=entry, **as_judged(json.loads(fields["event"])))
                 self._after = entry
 
 
@@ -116,7 +124,7 @@ class _HostLook:
             self._recorder.add("world", live=sorted(found))
 
 
-def _told(event: dict[str, Any]) -> dict[str, Any]:
+def as_judged(event: dict[str, Any]) -> dict[str, Any]:
     """The part of an event that is judged."""
     data = event["data"]
     return {

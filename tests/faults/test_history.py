@@ -20,7 +20,7 @@ def clean() -> list[Entry]:
               ("collecting", 2), ("finished", None)],
         OTHER: [("queued", 0), ("provisioning", 1), ("running", 1), ("collecting", 1), ("finished", None)],
     }  # fmt: skip
-    entries: list[Entry] = []
+    entries: list[Entry] = [{"kind": "endpoint", "receiver": "acme"}]
     for run, tenant in ((RUN, "acme"), (OTHER, "umbrella")):
         token = f"token-{tenant}"
         fence = max(known for _, known in lives[run] if known is not None)
@@ -93,6 +93,7 @@ PLANTED: list[tuple[str, str, Change]] = [
     ("I3", "none on the bus", without("bus", run=RUN, type="run.finished")),
     ("I3", "an event that is not on the bus", without("bus", run=RUN, type="run.running")),
     ("I3", "a webhook with an id of its own", again("webhook", run=RUN, to={"id": "evt_x"})),
+    ("I3", "no webhook told of its end", lambda entries: [without("webhook", run=RUN)(entries) for _ in range(2)]),
     ("I3", "out of order", lambda entries: _swap(entries, "run.running", "run.collecting")),
     ("I4", "opened beside another", changed("boundary", run=RUN, what="opened", fence=2, to={"beside": [1]})),
     ("I4", "opened before the first was closed", without("boundary", run=RUN, what="closed", fence=1)),
@@ -102,6 +103,7 @@ PLANTED: list[tuple[str, str, Change]] = [
     ("I5", "claimed twice under a fence", changed("event", run=RUN, type="run.provisioning", fence=2, to={"fence": 1})),
     ("I5", "an old fence wrote", changed("event", run=RUN, type="run.running", to={"fence": 1})),
     ("I5", "a stale write was taken", changed("write", run=RUN, fence=1, to={"accepted": True})),
+    ("I5", "a write was taken when nobody held it", changed("write", run=RUN, fence=2, to={"held": 0})),
     ("I5", "a boundary that nothing claimed", again("boundary", run=RUN, what="closed", fence=2,
                                                     to={"what": "opened", "fence": 9, "beside": []})),
     ("I6", "something is left", changed("sweep", planted=False, to={"found": ["mount /left"]})),

@@ -97,3 +97,12 @@ def test_the_summary_says_what_really_ran(rules: pytest.Pytester) -> None:
     )
 
     _run(rules).stdout.fnmatch_lines(["*what the tests ran on*", "boundary: fake (1), gvisor (2)", "database: none"])
+
+
+def test_the_summary_counts_what_ran_side_by_side(rules: pytest.Pytester) -> None:
+    one = 'from tests.summary import ran\n\ndef test_one(): ran("boundary", "gvisor")\n'
+    rules.makepyfile(test_a=one, test_b=one)
+
+    result = _run(rules, "-p", "xdist.plugin", "-n", "2", "--dist", "loadfile")
+
+    result.stdout.fnmatch_lines(["*what the tests ran on*", "boundary: gvisor (2)"])

@@ -69,14 +69,14 @@ CANCELLED = (Recovery.FINISH, Outcome.CANCELLED, Reason.CANCELLED_BY_TENANT)
         ({"phase": Phase.QUEUED, "lease_until": None, "created_at": NOON - HOUR}, None),
         ({"phase": Phase.QUEUED, "lease_until": None, "created_at": NOON - HOUR - SECOND}, EXPIRED),
         ({"phase": Phase.FINISHED, "lease_until": None, "created_at": NOON - 9 * HOUR}, None),
-        *(({"phase": phase, "created_at": NOON - 9 * HOUR}, None) for phase in ACTIVE),
+        *(({"phase": phase, "created_at": NOON - 9 * HOUR}, None) for phase in sorted(ACTIVE)),
         ({"phase": Phase.PROVISIONING, "lease_until": LATE, "attempt": MAX_ATTEMPTS - 1}, REQUEUE),
         ({"phase": Phase.PROVISIONING, "lease_until": LATE, "attempt": MAX_ATTEMPTS}, PROVISION_FAILED),
         ({"phase": Phase.RUNNING, "lease_until": LATE}, WORKER_LOST),
         ({"phase": Phase.COLLECTING, "lease_until": LATE}, WORKER_LOST),
         *(
             ({"phase": phase, "lease_until": LATE, "cancel_requested_by": "tenant"}, CANCELLED)
-            for phase in ACTIVE
+            for phase in sorted(ACTIVE)
         ),
         ({"phase": Phase.RUNNING, "cancel_requested_by": "tenant"}, None),
     ],

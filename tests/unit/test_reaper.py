@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -36,10 +36,19 @@ class SiteWorld:
         self.boundary = boundary or FakeBoundary()
         self.world = self.boundary.world
         self.hints = MemoryHints()
+        self.off = timedelta()
+        """How far the host's clock is from the database's."""
         add_tenant(self.store, concurrent=100)
 
     def sweep(self) -> Swept:
-        return sweep([self.boundary], self.store, self.hints, installation=INSTALLATION, site=SITE)
+        return sweep(
+            [self.boundary], self.store, self.hints, installation=INSTALLATION, site=SITE,
+            host_now=lambda: self.host_now,
+        )  # fmt: skip
+
+    @property
+    def host_now(self) -> datetime:
+        return self.clock.now + self.off
 
     def run(self, phase: Phase, *, built: bool = True) -> Claim:
         """A run brought to that phase by a worker of this site, and its boundary."""
@@ -57,7 +66,7 @@ class SiteWorld:
             tenant=tenant,
             run_id=run_id,
             fence=fence,
-            expires_at=self.clock.now + timedelta(minutes=1),
+            expires_at=(self.clock.now if fence else self.host_now) + timedelta(minutes=1),
         )
         self.world.labels[ref.name] = ref
         self.world.running.add(ref.name)
@@ -150,7 +159,9 @@ def test_what_no_run_claims_is_destroyed(site: SiteWorld) -> None:
     assert site.sweep().destroyed == (ref,)
 
 
-def test_a_canary_of_a_probe_is_left_alone_until_it_expires(site: SiteWorld) -> None:
+@pytest.mark.parametrize("off", [timedelta(), timedelta(minutes=10), timedelta(minutes=-10)], ids=str)
+def test_a_canary_of_a_probe_is_left_alone_until_it_expires_by_the_hosts_clock(site: SiteWorld, off: timedelta) -> None:
+    site.off = off
     ref = site.build(new_run_id(), fence=0, tenant="_canary")
 
     assert site.sweep() == Swept(destroyed=(), resisted=(), recorded=0)

@@ -94,6 +94,10 @@ class GvisorBoundary:
     def cgroups(self) -> CgroupTree:
         return self._cgroups
 
+    def group(self, ref: BoundaryRef) -> Group:
+        """The control groups of a sandbox, whether it exists or not."""
+        return self._cgroups.group(self._places.group_name(ref.name))
+
     def warm(self) -> None:
         """Have the supervising process started before the first run asks for it. Raises ProvisionFailed."""
         self._supervisors.warm()
@@ -161,7 +165,7 @@ class GvisorBoundary:
 
     def _destroy(self, ref: BoundaryRef, *, deadline: float) -> None:
         place = self._places.place(ref.name)
-        group = self._cgroups.group(self._places.group_name(ref.name))
+        group = self.group(ref)
         _end(group, deadline=deadline)
         try:
             self._unmount(place, deadline=deadline)
@@ -186,7 +190,7 @@ class GvisorBoundary:
     ) -> tuple[GvisorSandbox, Supervised]:
         supervised = self._supervisors.prepare()
         stack.callback(supervised.close)
-        group = self._cgroups.group(self._places.group_name(ref.name))
+        group = self.group(ref)
         group.create(group_limits(spec))
         memory_event = group.watch_memory()
         if memory_event is not None:
@@ -209,7 +213,7 @@ class GvisorBoundary:
                 "env": _RUNSC_ENV,
                 "cwd": str(place.directory),
                 "groups": [str(path) for path in group.directories],
-                "deadline_s": max((ref.expires_at - datetime.now(UTC)).total_seconds(), 1.0),
+                "deadline_s": max((spec.lifetime or ref.expires_at - datetime.now(UTC)).total_seconds(), 1.0),
             }
         )
         with suppress(OSError, ProcessFailed):

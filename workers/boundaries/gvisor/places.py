@@ -7,6 +7,7 @@
     fs/                                  the run's tmpfs; `work` and `tmp` in it are the guest's
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -105,7 +106,7 @@ def _remove_flat(directory: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """All runs of one installation on this host."""
+    """All runs of one installation and site on this host."""
 
     runtime_dir: Path
     installation: str
@@ -121,7 +122,9 @@ class Places:
 
     @property
     def group_prefix(self) -> str:
-        return f"blastdoor-{self.installation}."
+        """Of the site's own: control groups are the whole machine's, and two sites may be on one."""
+        site = hashlib.sha256(self.site.encode()).hexdigest()[:8]
+        return f"blastdoor-{self.installation}.{site}."
 
     def place(self, name: str) -> Place:
         if not _NAME.match(name):
