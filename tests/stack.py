@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from service.adapters.sql_store import SqlStore
 from service.core.boundary import boundary_name
 from tests.sweep import Found, pids_in_cgroups, sweep, swept
 from workers.boundaries.gvisor.cgroups import CgroupTree, Group
+from workers.boundaries.gvisor.places import Places
 
 READY_WITHIN_S, STOPPED_WITHIN_S, GONE_WITHIN_S, SLOW_S = 90.0, 60.0, 15.0, 60.0
 SETTINGS = {
@@ -128,7 +130,8 @@ class Stack:
         return boundary_name(run_id, 1).removesuffix("1")
 
     def group(self, run_id: str, fence: int = 1) -> Group:
-        return CgroupTree.detect().group(f"blastdoor-{self.installation}.{boundary_name(run_id, fence)}")
+        places = Places(runtime_dir=self.runtime_dir, installation=self.installation, site=socket.gethostname())
+        return CgroupTree.detect().group(places.group_name(boundary_name(run_id, fence)))
 
     def sentry(self, run_id: str) -> int:
         """The pid of the run's sandbox process, found by its control group."""

@@ -49,7 +49,7 @@ def boundary(tmp_path: Path, store: Path) -> Iterator[GvisorBoundary]:
 def opened(boundary: GvisorBoundary, *, seconds: float = 120, **limits: Any) -> Iterator[tuple[Sandbox, set[int]]]:
     """A sandbox, and a look at its host processes; destroyed afterwards."""
     ref = make_ref(installation=boundary.host.installation, seconds=seconds)
-    group = boundary.cgroups.group(f"blastdoor-{boundary.host.installation}.{ref.name}")
+    group = boundary.group(ref)
     with boundary.open(make_spec(**limits), ref, cancelled=Never()) as sandbox:
         yield sandbox, group.pids()
     boundary.destroy(ref)
@@ -162,7 +162,7 @@ class TestDeaths:
 
     def test_a_killed_supervisor_takes_the_guest_with_it(self, boundary: GvisorBoundary) -> None:
         ref = make_ref(installation=boundary.host.installation)
-        group = boundary.cgroups.group(f"blastdoor-{boundary.host.installation}.{ref.name}")
+        group = boundary.group(ref)
         with boundary.open(make_spec(), ref, cancelled=Never()) as sandbox:
             runsc = min(group.pids())
             supervisor = int(Path(f"/proc/{runsc}/stat").read_text().rpartition(")")[2].split()[1])
@@ -360,7 +360,7 @@ class TestCollecting:
 class TestEvidence:
     def test_a_limit_loosened_behind_the_drivers_back_shows(self, boundary: GvisorBoundary) -> None:
         ref = make_ref(installation=boundary.host.installation)
-        group = boundary.cgroups.group(f"blastdoor-{boundary.host.installation}.{ref.name}")
+        group = boundary.group(ref)
         with boundary.open(make_spec(memory=128 * MIB), ref, cancelled=Never()) as sandbox:
             sandbox.execute(shell("true"))
             before = sandbox.evidence()

@@ -82,7 +82,7 @@ def test_d39_a_tenants_text_stands_in_no_name_and_no_configuration_of_this_host(
     assert LABEL.fullmatch(place.name)
     assert place.name == boundary_name(run_id, 1)
     assert named
-    assert {Path(group).name for group in named} == {f"blastdoor-{stack.installation}.{place.name}"}
+    assert {Path(group) for group in named} == set(stack.group(run_id).directories)
 
 
 def test_d39_control_text_in_a_process_on_this_host_is_found(stack: Stack) -> None:

@@ -1,6 +1,7 @@
 """A reaper sweeps while a worker of the same host tries its wall out: the canary has no run, and must not be taken for
 an orphan. A worker whose canary is destroyed believes that it can build nothing, and ends."""
 
+import dataclasses
 import os
 import threading
 import time
@@ -100,6 +101,19 @@ def test_a_boundary_that_gets_its_name_while_it_is_listed_has_its_label(
     monkeypatch.setattr("workers.boundaries.gvisor.places.os.scandir", late)
 
     assert list(places.labels()) == [ref]
+
+
+def test_two_sites_of_one_installation_on_one_machine_do_not_see_each_others_sandboxes(
+    boundary: GvisorBoundary, tmp_path: Path
+) -> None:
+    neighbour = GvisorBoundary(dataclasses.replace(boundary.host, site="there", runtime_dir=tmp_path / "there"))
+    late = GvisorBoundary(dataclasses.replace(boundary.host, runtime_dir=tmp_path / "late"))
+    ref = make_ref(installation=boundary.host.installation)
+    with boundary.open(make_spec(), ref, cancelled=Never()):
+        assert list(boundary.discover()) == [ref]
+        assert list(neighbour.discover()) == []
+        assert [found.name for found in late.discover()] == [ref.name], "control: its group is there to be found"
+    boundary.destroy(ref)
 
 
 def test_what_resists_is_waited_for_once_and_then_hardly_at_all(
