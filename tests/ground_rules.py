@@ -6,6 +6,7 @@ A pytest plugin, so that the rules are themselves tested (unit/test_ground_rules
 import os
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,19 @@ def _no_skip_in_ci(report: pytest.TestReport | pytest.CollectReport, *, expected
     if reason not in SKIPS_ALLOWED_IN_CI:
         report.outcome = "failed"
         report.longrepr = f"{where}:{line}: skipped in CI, where nothing that we claim may be: {reason}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tests that ran side by side (pytest-xdist) say it in processes of their own."""
+    told: dict[str, object] | None = getattr(session.config, "workeroutput", None)
+    if told is not None:
+        told["ran"] = summary.taken()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    summary.add(getattr(node, "workeroutput", {}).get("ran", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
