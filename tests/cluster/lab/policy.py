@@ -10,6 +10,7 @@ SIGUSR1 makes it inert, installed and running but enforcing nothing, as a broken
 
 import ipaddress
 import json
+import os
 import queue
 import signal
 import subprocess
@@ -247,7 +248,14 @@ class Controller:
                 print(f"{IN_FORCE}\n{rules}", flush=True)
 
 
+def give_up(failure: threading.ExceptHookArgs) -> None:
+    """A watch that ended unseen would leave old rules in force: the whole lab ends instead."""
+    threading.__excepthook__(failure)
+    os._exit(1)
+
+
 def main(kubeconfig: str) -> None:
+    threading.excepthook = give_up
     controller = Controller()
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, controller.switch)
