@@ -1,6 +1,6 @@
-"""Compiles the sandbox's init when the package is built or installed.
+"""Compiles the sandboxes' inits when the package is built or installed.
 
-The first process of a gVisor sandbox is a small static program of ours. It is built from its source on the machine that
+The first process of a gVisor sandbox, and that of a pod, is a small static program of ours. It is built from its source on the machine that
 will use it, so that no binary lives in the repository and what runs is what was reviewed.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-GVISOR = Path("workers/boundaries/gvisor")
+BOUNDARIES = (Path("workers/boundaries/gvisor"), Path("workers/boundaries/namespace"))
 CFLAGS = ("-Os", "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector")
 
 
@@ -25,16 +25,18 @@ class SandboxInitHook(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         root = Path(self.root)
-        source, binary = root / GVISOR / "init.c", root / GVISOR / "init"
-        if not source.exists():
-            return
-        compile_init(source=source, binary=binary)
-        build_data["artifacts"].append(f"/{GVISOR / 'init'}")
+        for boundary in BOUNDARIES:
+            source, binary = root / boundary / "init.c", root / boundary / "init"
+            if not source.exists():
+                return
+            compile_init(source=source, binary=binary)
+            build_data["artifacts"].append(f"/{boundary / 'init'}")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 
     def clean(self, versions: list[str]) -> None:
-        (Path(self.root) / GVISOR / "init").unlink(missing_ok=True)
+        for boundary in BOUNDARIES:
+            (Path(self.root) / boundary / "init").unlink(missing_ok=True)
 
 
 def compile_init(*, source: Path, binary: Path) -> None:

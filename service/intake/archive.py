@@ -11,11 +11,12 @@ Memory stays below about 32 MiB whatever the archive is; reading stops as soon a
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Protocol
 
 from service.intake import zip as zip_format
 from service.intake.beneath import Beneath, open_archive
@@ -23,7 +24,7 @@ from service.intake.members import ArchiveCaps, ArchiveSummary, Judge, Member, M
 from service.intake.tape import FileTape, Kept, StreamTape, Tape, gunzip, unzstd
 from service.intake.tar import BLOCK_BYTES, looks_like_tar, read_headers
 
-__all__ = ["ArchiveCaps", "ArchiveSummary", "inspect", "read_member", "unpack"]
+__all__ = ["ArchiveCaps", "ArchiveSummary", "Maker", "inspect", "lay_out", "read_member", "unpack"]
 
 _KEPT_BYTES = 8 * 2**20
 _NO_CAPS = ArchiveCaps(
@@ -110,53 +111,68 @@ def unpack(path: Path, directory_fd: int, caps: ArchiveCaps, *, owner: tuple[int
     Raises BundleRejected; OSError when the directory cannot take it (full, not empty, no openat2). What was made until
     then is left there: the caller destroys the directory.
     """
+    with Beneath(directory_fd, owner=owner) as beneath:
+        return lay_out(path, beneath, caps)
+
+
+class Maker(Protocol):
+    """What makes the members somewhere. Paths are canonical; a parent that was not made yet is made first."""
+
+    def make_directory(self, path: str) -> None: ...
+
+    def make_file(self, path: str, pieces: Iterable[bytes | memoryview], *, executable: bool) -> int:
+        """-> how many bytes there were in the pieces."""
+        ...
+
+
+def lay_out(path: Path, maker: Maker, caps: ArchiveCaps) -> ArchiveSummary:
+    """Judge again, then have every member made. Raises BundleRejected, and what the maker raises."""
     with _opened(path, caps) as archive:
         meter = archive.meter()
         judge = archive.judge(meter)
-        with Beneath(directory_fd, owner=owner) as beneath:
-            if archive.format is _Format.ZIP:
-                members = zip_format.read_directory(archive.fd, size=archive.size, caps=caps, judge=judge)
-                written = _make_from_zip(beneath, archive, members, meter)
-            else:
-                written = _make_from_tar(beneath, archive, judge, meter)
+        if archive.format is _Format.ZIP:
+            members = zip_format.read_directory(archive.fd, size=archive.size, caps=caps, judge=judge)
+            written = _make_from_zip(maker, archive, members, meter)
+        else:
+            written = _make_from_tar(maker, archive, judge, meter)
         return judge.summary(written)
 
 
-def _make_from_zip(beneath: Beneath, archive: _Opened, members: list[Member], meter: Meter) -> int:
+def _make_from_zip(maker: Maker, archive: _Opened, members: list[Member], meter: Meter) -> int:
     written = 0
     for member in members:
         meter.tick()
         if member.directory:
-            beneath.make_directory(member.path)
+            maker.make_directory(member.path)
         else:
             pieces = zip_format.content(archive.fd, member, meter)
-            written += beneath.make_file(member.path, pieces, executable=member.executable)
+            written += maker.make_file(member.path, pieces, executable=member.executable)
     return written
 
 
-def _make_from_tar(beneath: Beneath, archive: _Opened, judge: Judge, meter: Meter) -> int:
+def _make_from_tar(maker: Maker, archive: _Opened, judge: Judge, meter: Meter) -> int:
     """Two passes: the headers, then the content. Between them stand the judged names: the second reads no header."""
     if archive.format is _Format.TAR:
         members = list(read_headers(archive.tape(meter), judge))
-        return _make_members(beneath, members, archive.tape(meter), meter)
+        return _make_members(maker, members, archive.tape(meter), meter)
     kept = Kept(archive.chunks(meter), directory=archive.path.parent, memory_bytes=_KEPT_BYTES)
     try:
         members = list(read_headers(StreamTape(iter(kept)), judge))
         second = meter.again()
-        return _make_members(beneath, members, kept.tape() or archive.tape(second), second)
+        return _make_members(maker, members, kept.tape() or archive.tape(second), second)
     finally:
         kept.close()
 
 
-def _make_members(beneath: Beneath, members: list[Member], tape: Tape, meter: Meter) -> int:
+def _make_members(maker: Maker, members: list[Member], tape: Tape, meter: Meter) -> int:
     written = 0
     for member in members:
         meter.tick()
         if member.directory:
-            beneath.make_directory(member.path)
+            maker.make_directory(member.path)
         else:
             tape.skip(member.offset - tape.position)
-            written += beneath.make_file(member.path, tape.pieces(member.size), executable=member.executable)
+            written += maker.make_file(member.path, tape.pieces(member.size), executable=member.executable)
     return written
 
 

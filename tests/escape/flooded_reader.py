@@ -11,7 +11,7 @@ from typing import Any
 from service.core.boundary import Limit
 from tests.sandboxes import Never, gvisor_boundary, make_ref, make_spec, make_step
 from workers.boundaries.gvisor import steps
-from workers.boundaries.gvisor.capture import HeadAndTail
+from workers.capture import HeadAndTail
 
 
 class _Everything(HeadAndTail):

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.sandboxes import Sink, artifact_limits, make_ref
-from workers.boundaries.gvisor.capture import HeadAndTail
+from workers.capture import HeadAndTail
 from workers.boundaries.gvisor.cgroups import CgroupTree, Group, GroupLimits
-from workers.boundaries.gvisor.collect import _Matcher, collect_tree
+from workers.boundaries.gvisor.collect import collect_tree
 from workers.boundaries.gvisor.mounts import open_beneath
 from workers.boundaries.gvisor.places import Places
+from workers.globs import Matcher
 
 
 class TestCapture:
@@ -177,11 +178,11 @@ class TestCollecting:
         ],
     )
     def test_patterns(self, pattern: str, path: str, matches: bool) -> None:
-        assert _Matcher([pattern]).matches(path) is matches
+        assert Matcher([pattern]).matches(path) is matches
 
     def test_a_pattern_of_many_stars_costs_little(self) -> None:
         pattern = "/".join(["*a" * 100 + "b"] * 3)
-        assert not _Matcher([pattern, "**/" * 14 + "x"]).matches("/".join(["a" * 250] * 30))
+        assert not Matcher([pattern, "**/" * 14 + "x"]).matches("/".join(["a" * 250] * 30))
 
     def test_nothing_is_opened_through_a_link(self, tmp_path: Path) -> None:
         (tmp_path / "outside").mkdir()

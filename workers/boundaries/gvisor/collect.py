@@ -17,6 +17,7 @@ from service.core.boundary import Artifact, ArtifactLimits, ArtifactSink, FileCo
 from service.core.errors import QuotaExceeded, TooLarge
 from service.core.names import written
 from workers.boundaries.gvisor.mounts import open_beneath
+from workers.globs import Matcher
 
 _MAX_SKIPPED = 1000
 _SPECIAL = {
@@ -53,13 +54,13 @@ def collect_tree(root_fd: int, patterns: Sequence[str], *, limits: ArtifactLimit
         else:
             collected.expected[path] = _read_expected(root_fd, path, max_bytes=limits.expected_bytes)
     if patterns:
-        _copy_matches(root_fd, _Matcher(patterns), limits, sink, collected, deadline=deadline)
+        _copy_matches(root_fd, Matcher(patterns), limits, sink, collected, deadline=deadline)
     return collected
 
 
 def _copy_matches(
     root_fd: int,
-    matcher: "_Matcher",
+    matcher: Matcher,
     limits: ArtifactLimits,
     sink: ArtifactSink,
     collected: Collected,
@@ -87,7 +88,7 @@ def _copy_matches(
 
 
 def _walk(
-    root_fd: int, matcher: "_Matcher", max_depth: int, *, deadline: float
+    root_fd: int, matcher: Matcher, max_depth: int, *, deadline: float
 ) -> Iterator[tuple[str, os.stat_result | str]]:
     """Entries that match, in order: (path, its status, or why it is skipped). Directories only as far as a pattern can
     match beneath them; links are never followed, not even to look."""
@@ -170,78 +171,6 @@ def _read_expected(root_fd: int, path: str, *, max_bytes: int) -> FileContent:
     if len(data) > max_bytes:
         return FileContent(absent_why=f"too large: more than {max_bytes} bytes")
     return FileContent(data=data)
-
-
-class _Matcher:
-    """`*` and `?` within one part, `**` any number of parts, none too."""
-
-    def __init__(self, patterns: Sequence[str]) -> None:
-        self._patterns = [pattern.split("/") for pattern in patterns]
-
-    def matches(self, path: str) -> bool:
-        parts = path.split("/")
-        return any(_match(pattern, parts) for pattern in self._patterns)
-
-    def reaches_beneath(self, path: str) -> bool:
-        """Whether something beneath this directory could match."""
-        parts = path.split("/")
-        return any(_reach(pattern, parts) for pattern in self._patterns)
-
-
-_Pattern = list[str]
-
-
-def _matches_part(pattern: str, name: str) -> bool:
-    """Wildcards by the two-pointer method: at most len(pattern) * len(name) steps, whoever wrote either of them."""
-    at = star = resume = -1
-    at, position = 0, 0
-    while position < len(name):
-        if at < len(pattern) and pattern[at] == "*":
-            star, resume = at, position
-            at += 1
-        elif at < len(pattern) and pattern[at] in ("?", name[position]):
-            at, position = at + 1, position + 1
-        elif star >= 0:
-            resume += 1
-            at, position = star + 1, resume
-        else:
-            return False
-    return not pattern[at:].strip("*")
-
-
-def _states(pattern: _Pattern, parts: list[str]) -> set[int]:
-    """How far into the pattern the parts can lead: the positions reached, all at once (no backtracking)."""
-    states = _closure(pattern, {0})
-    for part in parts:
-        following = set()
-        for state in states:
-            if state >= len(pattern):
-                continue
-            wanted = pattern[state]
-            if wanted == "**":
-                following.add(state)
-            elif _matches_part(wanted, part):
-                following.add(state + 1)
-        states = _closure(pattern, following)
-    return states
-
-
-def _closure(pattern: _Pattern, states: set[int]) -> set[int]:
-    """`**` also stands for no part at all."""
-    closed = set(states)
-    for state in states:
-        while state < len(pattern) and pattern[state] == "**":
-            state += 1
-            closed.add(state)
-    return closed
-
-
-def _match(pattern: _Pattern, parts: list[str]) -> bool:
-    return len(pattern) in _states(pattern, parts)
-
-
-def _reach(pattern: _Pattern, parts: list[str]) -> bool:
-    return any(state < len(pattern) for state in _states(pattern, parts))
 
 
 __all__ = ["Collected", "collect_tree"]

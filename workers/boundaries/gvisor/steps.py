@@ -16,7 +16,7 @@ from functools import partial
 from typing import Literal
 
 from service.core.boundary import Cancellation, Ended, Execution, Limit, Listener, StepSpec
-from workers.boundaries.gvisor.capture import HeadAndTail
+from workers.capture import HeadAndTail
 from workers.boundaries.gvisor.cgroups import Group
 from workers.boundaries.gvisor.control import (
     GUEST_UID,

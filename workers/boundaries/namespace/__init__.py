@@ -1,0 +1,1 @@
+"""A pod in a locked-down namespace of a shared cluster."""

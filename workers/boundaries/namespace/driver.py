@@ -1,0 +1,277 @@
+"""The namespace boundary: one bare pod per run, in a namespace of its own or, for soft isolation, in its tenant's.
+
+Order of making: namespace with labels, its walls, pod; then our first process in the pod has to find that network policy
+is in force. Undoing goes by names and labels alone, from any process, and only ever takes the very object that was
+looked at (uid). What the cluster says exists is what exists.
+"""
+
+import math
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+
+from service.core.boundary import BoundaryKind, BoundaryRef, BoundarySpec, Cancellation, Capabilities, Host, Sandbox
+from service.core.errors import BoundaryError, BoundaryLost, NotYetDestroyed, ProvisionFailed
+from service.core.failpoints import Failpoint, reach
+from workers.boundaries.namespace.evidence import Shut, lets_nothing_pass
+from workers.boundaries.namespace.listener import Listener, create
+from workers.boundaries.namespace.pod import Pod
+from workers.boundaries.namespace.render import (
+    LISTENER_PORT,
+    MAX_SECONDS,
+    SOFT,
+    VARIANTS,
+    as_label,
+    init_at,
+    labels,
+    namespace_name,
+    read_labels,
+    render_namespace,
+    render_pod,
+)
+from workers.boundaries.namespace.sandbox import NamespaceSandbox
+from workers.kube import PREFIX, Cluster, ClusterError, Manifest, Taken
+
+log = structlog.get_logger()
+
+_READY_S = 60.0
+_CLEAR_S = 20.0
+_CLEAR_AGAIN_S = 1.0
+_OPENED = PREFIX + "opened"
+"""A label with a word that only one attempt to open knows: an object that is there already, and has it, is ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamespaceHost:
+    """What the driver is told. `kubeconfig`: of the engine's user, None where there is no cluster; `image`: ours, by
+    digest, as the nodes call it; `variants`: those to be offered."""
+
+    installation: str
+    site: str
+    kubeconfig: Path | None
+    image: str
+    variants: Sequence[str] = ("runc", "gvisor")
+
+
+class _NameTaken(ProvisionFailed):
+    """What has it is not ours to undo."""
+
+
+class NamespaceBoundary:
+    """Implements `service.core.boundary.Boundary`. Connections are made in the process that uses them."""
+
+    def __init__(self, host: NamespaceHost) -> None:
+        self._host = host
+        self._connected: tuple[int, Cluster, Listener] | None = None
+        self._resisted: set[str] = set()
+
+    @classmethod
+    def for_host(cls, host: Host) -> "NamespaceBoundary":
+        """As the registry makes it."""
+        return cls(
+            NamespaceHost(
+                installation=host.installation, site=host.site, kubeconfig=host.kubeconfig, image=host.kube_image,
+                variants=host.namespace_variants,
+            )
+        )  # fmt: skip
+
+    @property
+    def kind(self) -> BoundaryKind:
+        return BoundaryKind.NAMESPACE
+
+    @property
+    def host(self) -> NamespaceHost:
+        return self._host
+
+    @property
+    def cluster(self) -> Cluster:
+        return self._here()[0]
+
+    @property
+    def listener(self) -> Listener:
+        return self._here()[1]
+
+    def warm(self) -> None:
+        """Have the listener there before the first run asks for it. Raises ProvisionFailed."""
+        self.listener.address()
+
+    def close(self) -> None:
+        if self._connected is not None and self._connected[0] == os.getpid():
+            self._connected[1].close()
+        self._connected = None
+
+    def probe(self) -> Sequence[Capabilities]:
+        from workers.boundaries.namespace.probe import probe  # it plays runs through this driver
+
+        return probe(self)
+
+    @contextmanager
+    def open(self, spec: BoundarySpec, ref: BoundaryRef, *, cancelled: Cancellation) -> Iterator[Sandbox]:
+        self._accept(spec, ref)
+        reach(Failpoint.OPEN_BEFORE_CREATE)
+        if cancelled.is_set():  # above all: a lease that was slept through. What stood under it is known to be gone
+            raise ProvisionFailed("not wanted any more, before anything was made")
+        try:
+            sandbox = self._make(spec, ref, self.listener.address(), cancelled)
+            reach(Failpoint.OPEN_CREATED)
+        except _NameTaken:
+            raise
+        except BaseException as error:
+            self._undo(ref)
+            if isinstance(error, ClusterError | BoundaryLost):
+                raise ProvisionFailed(f"the pod could not be made: {error}") from error
+            raise
+        try:
+            yield sandbox
+        finally:
+            with suppress(BoundaryLost):  # what cannot be ended now has its deadline, and the reaper has the reference
+                sandbox.end()
+
+    def discover(self) -> Iterator[BoundaryRef]:
+        """From labels: namespaces of runs, and pods in tenants' namespaces. Raises ClusterError."""
+        if self._host.kubeconfig is None:
+            return
+        mine = {
+            PREFIX + "managed": "true",
+            PREFIX + "installation": self._host.installation,
+            PREFIX + "kind": self.kind.value,
+            PREFIX + "site": as_label(self._host.site),
+        }
+        found = self.cluster.list("Namespace", labels=mine)
+        found += self.cluster.list("Pod", labels=mine | {PREFIX + "variant": SOFT})
+        for one in found:
+            ref = read_labels(one["metadata"].get("labels") or {}, site=self._host.site)
+            if ref is not None and one["metadata"]["name"] == ref.name:
+                yield ref
+
+    def destroy(self, ref: BoundaryRef) -> None:
+        """Waits some seconds for the cluster to say that it is gone; hardly at all for what has resisted before, since
+        the reaper comes back to it."""
+        within_s = _CLEAR_AGAIN_S if ref.name in self._resisted else _CLEAR_S
+        try:
+            self._destroy(ref, deadline=time.monotonic() + within_s)
+        except ClusterError as error:
+            self._resisted.add(ref.name)
+            raise NotYetDestroyed(f"{ref.name}: {error}") from error
+        except NotYetDestroyed:
+            self._resisted.add(ref.name)
+            raise
+        self._resisted.discard(ref.name)
+
+    def _destroy(self, ref: BoundaryRef, *, deadline: float) -> None:
+        namespace = self._pods_namespace(ref)
+        self._delete("Pod", ref, namespace, deadline=deadline)
+        if ref.variant != SOFT:
+            self._delete("Namespace", ref, None, deadline=deadline)
+
+    def _pods_namespace(self, ref: BoundaryRef) -> str:
+        """A reference that was discovered has the tenant's hash where its name would be."""
+        if ref.variant != SOFT:
+            return ref.name
+        known = f"bd-t-{ref.tenant}"
+        return known if len(ref.tenant) == 40 and self.cluster.get("Namespace", known) else namespace_name(ref)
+
+    def _delete(self, kind: str, ref: BoundaryRef, namespace: str | None, *, deadline: float) -> None:
+        """And see it gone. What has the name and is of another installation or attempt is left alone."""
+        found = self.cluster.get(kind, ref.name, namespace)
+        if found is None or not _is_of(found, ref):
+            return
+        uid = found["metadata"]["uid"]
+        self.cluster.delete(kind, ref.name, namespace, uid=uid, grace_s=1 if kind == "Pod" else None)
+        while (left := deadline - time.monotonic()) > 0:
+            for what, seen in self.cluster.watch(kind, namespace, name=ref.name, seconds=min(2.0, left)):
+                if what == "DELETED" and seen["metadata"]["uid"] == uid:
+                    return
+                found = seen
+            again = self.cluster.get(kind, ref.name, namespace)
+            if again is None or again["metadata"]["uid"] != uid:
+                return
+            found = again
+        raise NotYetDestroyed(f"{kind} {ref.name}: {_held_by(found)}")
+
+    def _here(self) -> tuple[Cluster, Listener]:
+        if self._host.kubeconfig is None or not self._host.image:
+            raise ClusterError("no cluster is configured: BLASTDOOR_KUBECONFIG and BLASTDOOR_KUBE_IMAGE name one")
+        if self._connected is None or self._connected[0] != os.getpid():
+            cluster = Cluster.from_kubeconfig(self._host.kubeconfig)
+            listener = Listener(
+                cluster, installation=self._host.installation, site=self._host.site, image=self._host.image
+            )
+            self._connected = os.getpid(), cluster, listener
+        return self._connected[1:]
+
+    def _accept(self, spec: BoundarySpec, ref: BoundaryRef) -> None:
+        """Isolation never degrades: what this wall cannot do is not done by halves. Raises ProvisionFailed."""
+        if ref.kind is not BoundaryKind.NAMESPACE or ref.installation != self._host.installation:
+            raise ProvisionFailed(f"{ref.name} is not for this boundary")
+        if ref.variant not in VARIANTS or ref.variant not in self._host.variants:
+            raise ProvisionFailed(f"variant {ref.variant!r} is not offered here")
+        if spec.network.mode != "none":
+            raise ProvisionFailed("this boundary has no network to allow")
+
+    def _make(self, spec: BoundarySpec, ref: BoundaryRef, listener: str, cancelled: Cancellation) -> NamespaceSandbox:
+        opened = {_OPENED: secrets.token_hex(8)}
+        namespace, *walls = render_namespace(ref, spec)
+        if ref.variant == SOFT:
+            self.cluster.apply(namespace)
+        else:
+            self._create(namespace, opened)
+        reach(Failpoint.OPEN_HALF_CREATED)
+        for wall in walls:
+            self.cluster.apply(wall)
+        lifetime_s = (spec.lifetime or ref.expires_at - datetime.now(UTC)).total_seconds()
+        manifest = render_pod(
+            ref, spec, image=self._host.image, words=["first", listener, str(LISTENER_PORT)],
+            seconds=min(max(math.ceil(lifetime_s), 1), MAX_SECONDS),
+        )  # fmt: skip
+        created = self._create(manifest, opened)
+        pod = Pod(self.cluster, namespace_name(ref), ref.name, created["metadata"]["uid"], init_at(ref.variant))
+        running = pod.await_running(cancelled, within_s=_READY_S)
+        times, seconds = pod.await_shut()
+        if not self.listener.is_there(listener):  # then that it could not be reached shows nothing
+            raise BoundaryLost("the listener for the check of network policy went away meanwhile")
+        if not lets_nothing_pass(self.cluster.get("NetworkPolicy", "default-deny", pod.namespace)):
+            raise BoundaryLost("the namespace's network policy is not what was applied")
+        log.info("pod_ready", run_id=ref.run_id, fence=ref.fence, reached_before=times, shut_after_s=seconds)
+        shut = Shut(f"{listener}:{LISTENER_PORT}", times, seconds)
+        return NamespaceSandbox(spec, pod=pod, running=running, shut=shut, cancelled=cancelled)
+
+    def _create(self, manifest: Manifest, opened: Mapping[str, str]) -> Manifest:
+        """Raises _NameTaken, ClusterError."""
+        manifest["metadata"]["labels"] = manifest["metadata"]["labels"] | opened
+        try:
+            return create(self.cluster, manifest)
+        except Taken as error:
+            raise _NameTaken(f"there is a {manifest['kind']} of that name: {error}") from error
+
+    def _undo(self, ref: BoundaryRef) -> None:
+        with suppress(BoundaryError):  # the reaper has the reference
+            self.destroy(ref)
+
+
+def _is_of(found: Manifest, ref: BoundaryRef) -> bool:
+    said = found["metadata"].get("labels") or {}
+    wanted = labels(ref)
+    return all(said.get(PREFIX + key) == wanted[PREFIX + key] for key in ("installation", "run", "fence"))
+
+
+def _held_by(found: Manifest) -> str:
+    """Why the cluster does not let go, in its own words."""
+    said = [
+        f"{row['reason']}: {row['message']}"
+        for row in found.get("status", {}).get("conditions", ())
+        if row.get("status") == "True" and row.get("message")
+    ]
+    finalizers = [*found["metadata"].get("finalizers", ()), *found.get("spec", {}).get("finalizers", ())]
+    held = f"held by {', '.join(finalizers)}" if finalizers else "not gone yet"
+    return "; ".join([held, *said])[:500]
+
+
+__all__ = ["NamespaceBoundary", "NamespaceHost"]

@@ -1,0 +1,112 @@
+"""What the wall is, read back from the API server after the pod runs; nothing of it is what we asked for.
+
+    runtime, runtime_class    the RuntimeClass that stands in the pod's spec, and its handler; "node default" without one
+    runtime_version, node     the pod's node: its container engine, kernel, operating system and kubelet, as its kubelet
+                              says (Node.status.nodeInfo)
+    network                   "none" when the namespace's policy lets nothing pass, and our first process in this very pod
+                              could not reach the listener that it must not reach
+    policy                    that NetworkPolicy's uid, how often the listener was reached before, and for how long
+    limits, uid, pod_spec     the spec of the pod as it was admitted; the digest is of its JSON with sorted keys
+    image                     the digest that the node runs (containerStatuses)
+    admission                 our ValidatingAdmissionPolicies that are bound to deny
+    namespace                 its name and uid, and the PodSecurity standard that is enforced in it
+
+A probe has shown, at most ten minutes before, that these things do what they say (`probe.py`).
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from service.core.boundary import Evidence
+from workers.boundaries.namespace.pod import Pod
+from workers.kube import Cluster, ClusterError, Manifest
+
+_OURS = "blastdoor-"
+_PSA = "pod-security.kubernetes.io/enforce"
+
+
+@dataclass(frozen=True)
+class Shut:
+    """What our first process found: the listener was reached `times`, and after `seconds` it could not be any more."""
+
+    listener: str
+    times: int
+    seconds: float
+
+
+def observe(pod: Pod, shut: Shut, *, at: datetime) -> Evidence:
+    """Raises ClusterError, also when the pod is gone."""
+    cluster = pod.cluster
+    found = _there(pod.read(), f"pod {pod.name}")
+    spec = found["spec"]
+    node = _there(cluster.get("Node", spec["nodeName"]), f"node {spec['nodeName']}")["status"]["nodeInfo"]
+    namespace = _there(cluster.get("Namespace", pod.namespace), f"namespace {pod.namespace}")["metadata"]
+    policy = cluster.get("NetworkPolicy", "default-deny", pod.namespace)
+    runtime_class = spec.get("runtimeClassName")
+    handler = None
+    if runtime_class is not None:
+        handler = _there(cluster.get("RuntimeClass", runtime_class), f"RuntimeClass {runtime_class}")["handler"]
+    container = spec["containers"][0]
+    return Evidence(
+        runtime=handler or "node default",
+        runtime_version=node["containerRuntimeVersion"],
+        runtime_sha256=None,
+        platform=None,
+        network="none" if lets_nothing_pass(policy) else "open",
+        limits=dict(container["resources"]["limits"])
+        | {
+            "scratch": spec["volumes"][0]["emptyDir"]["sizeLimit"],
+            "seconds": spec["activeDeadlineSeconds"],
+        },
+        uid=spec["securityContext"]["runAsUser"],
+        observed_at=at,
+        runtime_class=runtime_class,
+        node={
+            "name": spec["nodeName"], "kernel": node["kernelVersion"], "os": node["osImage"],
+            "kubelet": node["kubeletVersion"],
+        },
+        policy={
+            "uid": policy["metadata"]["uid"] if policy else None, "listener": shut.listener,
+            "reached_before": shut.times, "shut_after_s": shut.seconds,
+        },
+        pod_spec={"uid": pod.uid, "sha256": digest(spec)},
+        image=found["status"]["containerStatuses"][0]["imageID"],
+        admission=admission_in_force(cluster),
+        namespace={
+            "name": pod.namespace, "uid": namespace["uid"],
+            "pod_security": f"{namespace['labels'].get(_PSA)} {namespace['labels'].get(_PSA + '-version')}",
+        },
+    )  # fmt: skip
+
+
+def lets_nothing_pass(policy: Manifest | None) -> bool:
+    """A policy for all pods of its namespace, in both directions, with no rule that allows anything."""
+    if policy is None:
+        return False
+    spec = policy["spec"]
+    both = set(spec.get("policyTypes") or ()) == {"Ingress", "Egress"}
+    return both and not any(spec.get(key) for key in ("podSelector", "ingress", "egress"))
+
+
+def admission_in_force(cluster: Cluster) -> Sequence[str]:
+    """Names of our policies that a binding has deny. Raises ClusterError."""
+    there = {one["metadata"]["name"] for one in cluster.list("ValidatingAdmissionPolicy")}
+    bound = {
+        one["spec"]["policyName"]
+        for one in cluster.list("ValidatingAdmissionPolicyBinding")
+        if "Deny" in one["spec"]["validationActions"]
+    }
+    return sorted(name for name in there & bound if name.startswith(_OURS))
+
+
+def digest(spec: Manifest) -> str:
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+
+
+def _there(found: Manifest | None, what: str) -> Manifest:
+    if found is None:
+        raise ClusterError(f"{what} is not there any more")
+    return found

@@ -1,0 +1,159 @@
+"""A pod of ours in the cluster, and the words that our program in it knows: one command each, over the engine's exec."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from service.core.boundary import Cancellation, Listener
+from service.core.errors import BoundaryLost, ProvisionFailed
+from workers.boundaries.namespace.protocol import read_finding
+from workers.boundaries.namespace.render import CONTAINER
+from workers.kube import Cluster, ClusterError, ExecEnded, Manifest
+
+_HOPELESS = frozenset({"ErrImageNeverPull", "InvalidImageName", "CreateContainerConfigError", "CreateContainerError"})
+_WATCH_S = 2.0
+_WORD_S = 20.0
+_MOST_SAID = 1024
+
+
+@dataclass(frozen=True)
+class Pod:
+    cluster: Cluster
+    namespace: str
+    name: str
+    uid: str
+    init: str
+
+    def read(self) -> Manifest | None:
+        """As the API server has it; None when it is gone, or another has its name. Raises ClusterError."""
+        found = self.cluster.get("Pod", self.name, self.namespace)
+        return found if found is not None and found["metadata"]["uid"] == self.uid else None
+
+    def command(
+        self, *words: str, deadline: float, on_output: Listener, stdin: Iterable[bytes] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> ExecEnded:  # fmt: skip
+        """`deadline` is monotonic. Raises ClusterError when it could not even be asked."""
+        return self.cluster.exec_(
+            self.namespace, self.name, CONTAINER, [self.init, *words],
+            stdin=stdin, on_output=on_output, deadline=deadline, stop=stop,
+        )  # fmt: skip
+
+    def says(self, *words: str, most_bytes: int = _MOST_SAID, seconds: float = _WORD_S) -> bytes:
+        """What a word prints, when it ends well. Raises BoundaryLost."""
+        said = bytearray()
+
+        def hear(stream: str, data: bytes) -> None:
+            if stream == "stdout" and len(said) <= most_bytes:
+                said.extend(data)
+
+        deadline = time.monotonic() + seconds
+        try:
+            ended = self.command(*words, deadline=deadline, on_output=hear, stop=lambda: len(said) > most_bytes)
+        except ClusterError as error:
+            raise BoundaryLost(f"our program in the pod could not be asked to {words[0]}: {error}") from error
+        if ended.why != "exited" or ended.exit_code != 0:
+            raise BoundaryLost(f"our program in the pod could not {words[0]}: {shown(ended)}")
+        return bytes(said)
+
+    def kill_guest(self) -> None:
+        """Ends every process of the guest's, and has seen that none is left. A guest of the same uid may end our
+        program first: so more than once. Raises BoundaryLost."""
+        for left in (2, 1, 0):
+            try:
+                self.says("kill")
+            except BoundaryLost:
+                if not left or self.is_over():
+                    raise
+            else:
+                return
+
+    def is_over(self) -> bool:
+        """Whether the node says that nothing of it runs any more, or that it does not exist."""
+        try:
+            return is_over(self.read())
+        except ClusterError:
+            return False
+
+    def await_running(self, cancelled: Cancellation, *, within_s: float) -> Manifest:
+        """-> the pod as it runs. Raises ProvisionFailed, ClusterError."""
+        deadline = time.monotonic() + within_s
+        seen: Manifest = {}
+        while time.monotonic() < deadline:
+            seconds = min(_WATCH_S, deadline - time.monotonic())
+            for what, seen in self.cluster.watch("Pod", self.namespace, name=self.name, seconds=seconds):
+                if cancelled.is_set():
+                    break
+                if what == "DELETED" or seen["metadata"]["uid"] != self.uid:
+                    raise ProvisionFailed("the pod was deleted while it started")
+                if is_running(seen):
+                    return seen
+                if is_over(seen):
+                    raise ProvisionFailed(f"the pod ended while it started: {explained(seen)}")
+                if waiting_for(seen) in _HOPELESS:
+                    raise ProvisionFailed(f"the pod cannot start: {explained(seen)}")
+            if cancelled.is_set():
+                raise ProvisionFailed("cancelled while the pod started")
+        raise ProvisionFailed(f"the pod did not run within {within_s:g} s: {explained(seen)}")
+
+    def await_shut(self) -> tuple[int, float]:
+        """Until network policy is in force for this very pod -> `read_finding`. Raises BoundaryLost."""
+        return read_finding(self.says("wait", seconds=70))
+
+    def await_end(self, *, within_s: float) -> Manifest | None:
+        """Until the node says that nothing of it runs -> the pod as it is then, None when it is gone. Raises
+        BoundaryLost when it goes on; ClusterError."""
+        deadline = time.monotonic() + within_s
+        found = self.read()
+        while not is_over(found) and (left := deadline - time.monotonic()) > 0:
+            for what, found in self.cluster.watch("Pod", self.namespace, name=self.name, seconds=min(_WATCH_S, left)):
+                if what == "DELETED":
+                    return None
+                if is_over(found):
+                    break
+        if not is_over(found):
+            raise BoundaryLost("the pod goes on")
+        return found
+
+
+def is_running(pod: Manifest) -> bool:
+    return "running" in _state(pod)
+
+
+def is_over(pod: Manifest | None) -> bool:
+    return pod is None or pod.get("status", {}).get("phase") in ("Succeeded", "Failed") or "terminated" in _state(pod)
+
+
+def waiting_for(pod: Manifest) -> str:
+    return str(_state(pod).get("waiting", {}).get("reason", ""))
+
+
+def ended_by(pod: Manifest) -> str:
+    """Why the node ended the container, in its own word: `OOMKilled`, `Error`, `Completed`; or why the pod: `Evicted`,
+    `DeadlineExceeded`."""
+    status = pod.get("status", {})
+    return str(status.get("reason") or _state(pod).get("terminated", {}).get("reason", ""))
+
+
+def explained(pod: Manifest) -> str:
+    """For people: what the node and the scheduler say of it."""
+    status = pod.get("status", {})
+    state = _state(pod)
+    said = [part for key in ("waiting", "terminated") for part in (_words(state.get(key, {})),) if part]
+    said += [row["message"] for row in status.get("conditions", ()) if row["status"] != "True" and row.get("message")]
+    return "; ".join([*said, status.get("message", "")]).strip("; ") or str(status.get("phase", "nothing was heard"))
+
+
+def shown(ended: ExecEnded) -> str:
+    return ended.message or (f"status {ended.exit_code}" if ended.why == "exited" else ended.why)
+
+
+def _words(part: Manifest) -> str:
+    return ": ".join(str(part[key]) for key in ("reason", "message") if part.get(key))
+
+
+def _state(pod: Manifest) -> dict[str, Any]:
+    statuses = pod.get("status", {}).get("containerStatuses") or [{}]
+    state: dict[str, Any] = statuses[0].get("state") or {}
+    return state

@@ -1,0 +1,221 @@
+"""What this cluster can enforce, measured now: by looking, by asking for what must be refused, and by real pods.
+
+What has to be shown for a variant, and is missing if it is not:
+
+    nodes         one that is ready, and a RuntimeClass of the variant's name (none for runc)
+    runtime       in a pod of the class no kernel is seen but gVisor's, or a machine's own: not the node's
+    PodSecurity   a pod that must fail is refused by it
+    policy        our first process in a canary pod cannot reach the listener, and a pod that policy lets through can
+    quota         a second pod is refused by it
+    admission     our policies are bound
+
+The canaries run our own program and no guest, so what they say of their kernel is ours to believe.
+"""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from service.core.boundary import BoundaryKind, BoundaryRef, BoundarySpec, Capabilities, Ended, Execution, StepSpec
+from service.core.controls import Limits, Network
+from service.core.errors import BlastdoorError
+from service.core.ids import new_run_id
+from workers.boundaries.namespace.evidence import admission_in_force
+from workers.boundaries.namespace.render import GROUP_KEY, SOFT, render_pod
+from workers.kube import ClusterError, Denied, Manifest
+
+if TYPE_CHECKING:
+    from workers.boundaries.namespace.driver import NamespaceBoundary
+    from workers.boundaries.namespace.sandbox import NamespaceSandbox
+
+_CANARY_VALID_S = 600.0
+_ADMISSION = frozenset({"blastdoor-pods", "blastdoor-namespaces", "blastdoor-interactive"})
+_INSTALL = "run `blastdoor cluster install`"
+_GVISOR = re.compile(rb"gvisor", re.IGNORECASE)
+_passed: dict[tuple[str, str, str, str], float] = {}
+
+
+class _Never:
+    def is_set(self) -> bool:
+        return False
+
+
+def probe(boundary: "NamespaceBoundary") -> Sequence[Capabilities]:
+    """A row for each variant that is asked for. Never raises for what a cluster lacks: it says so in `missing`."""
+    return tuple(_row(boundary, variant) for variant in boundary.host.variants)
+
+
+def _row(boundary: "NamespaceBoundary", variant: str) -> Capabilities:
+    missing: list[str] = []
+    versions: dict[str, str] = {}
+    groups: frozenset[str] = frozenset()
+    try:
+        nodes = [node for node in boundary.cluster.list("Node") if _is_ready(node)]
+        versions = _versions(nodes)
+        groups = frozenset(filter(None, (node["metadata"]["labels"].get(GROUP_KEY) for node in nodes)))
+        missing += _lacks(boundary, variant, nodes)
+        if not missing and (why := _canary(boundary, variant, nodes)) is not None:
+            missing.append(why)
+    except BlastdoorError as error:
+        missing.append(f"a cluster that answers: {error}")
+    digest = boundary.host.image.rpartition("@")[2]
+    return Capabilities(
+        boundary=f"{BoundaryKind.NAMESPACE}/{variant}",
+        available=not missing,
+        missing=tuple(missing),
+        node_groups=groups,
+        runtimes={"default": digest},
+        versions=versions,
+    )
+
+
+
+def _is_ready(node: Manifest) -> bool:
+    conditions = {row["type"]: row["status"] for row in node["status"].get("conditions", ())}
+    return conditions.get("Ready") == "True" and not node["spec"].get("unschedulable")
+
+
+def _versions(nodes: Sequence[Manifest]) -> dict[str, str]:
+    """The oldest of each on any node: a run may land there."""
+    found: dict[str, str] = {}
+    for name, key in {"kubelet": "kubeletVersion", "engine": "containerRuntimeVersion", "kernel": "kernelVersion"}.items():
+        said = [str(node["status"]["nodeInfo"][key]) for node in nodes]
+        if said:
+            found[name] = min(said, key=_numbers)
+    return found
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version, re.ASCII)]
+
+
+def _lacks(boundary: "NamespaceBoundary", variant: str, nodes: Sequence[Manifest]) -> list[str]:
+    """By looking alone."""
+    missing = []
+    if not nodes:
+        missing.append("a node that is ready")
+    if variant != SOFT and boundary.cluster.get("RuntimeClass", variant) is None:
+        missing.append(f"RuntimeClass {variant} ({_INSTALL}, and its runtime on the nodes)")
+    if boundary.cluster.get("PriorityClass", "blastdoor-low") is None:
+        missing.append(f"PriorityClass blastdoor-low ({_INSTALL})")
+    if absent := _ADMISSION - set(admission_in_force(boundary.cluster)):
+        missing.append(f"admission policies {', '.join(sorted(absent))} ({_INSTALL})")
+    return missing
+
+
+def _canary(boundary: "NamespaceBoundary", variant: str, nodes: Sequence[Manifest]) -> str | None:
+    """Real pods, at most every ten minutes for each variant and image. -> what is wrong."""
+    key = (boundary.host.installation, str(boundary.host.kubeconfig), boundary.host.image, variant)
+    if time.monotonic() - _passed.get(key, -_CANARY_VALID_S) < _CANARY_VALID_S:
+        return None
+    try:
+        why = boundary.listener.control()
+        if why is not None:
+            return f"a pod network: {why}"
+        why = _play_canary(boundary, variant, nodes)
+    except BlastdoorError as error:
+        return f"a pod that works: the canary failed ({error})"
+    if why is None:
+        _passed[key] = time.monotonic()
+    return why
+
+
+def _play_canary(boundary: "NamespaceBoundary", variant: str, nodes: Sequence[Manifest]) -> str | None:
+    ref = BoundaryRef(
+        installation=boundary.host.installation,
+        kind=BoundaryKind.NAMESPACE,
+        variant=variant,
+        site=boundary.host.site,
+        tenant="_canary",
+        run_id=new_run_id(),
+        fence=0,
+        expires_at=datetime.now(UTC) + timedelta(seconds=120),
+    )
+    spec = BoundarySpec(limits=Limits(), network=Network())
+    try:
+        with boundary.open(spec, ref, cancelled=_Never()) as sandbox:
+            why = _refusals(boundary, ref, spec) or _kernel(sandbox, variant, nodes)  # type: ignore[arg-type]
+            if why is None:
+                exited = sandbox.execute(_shell(1, "exit 139"))
+                signalled = sandbox.execute(_shell(2, "kill -SEGV $$"))
+                absent = sandbox.execute(_step(3, ("/nonexistent",)))
+                if not _speaks(exited, signalled, absent):
+                    why = "an engine whose exec we know: the canary's results were wrong"
+                elif sandbox.evidence().network != "none":
+                    why = "network policy: a rule lets something pass"
+    finally:
+        boundary.destroy(ref)
+    return why
+
+
+def _refusals(boundary: "NamespaceBoundary", ref: BoundaryRef, spec: BoundarySpec) -> str | None:
+    """What must be refused, asked for in dry run: nothing is made if it is not."""
+    good = render_pod(ref, spec, image=boundary.host.image, words=["kill"], seconds=60)
+    good["metadata"]["name"] += "-canary"
+
+    def privileged(pod: Manifest) -> None:
+        pod["spec"]["containers"][0]["securityContext"] |= {"privileged": True, "allowPrivilegeEscalation": True}
+
+    def greedy(pod: Manifest) -> None:
+        if ref.variant == SOFT:  # its quota is for many pods
+            for kind in ("requests", "limits"):
+                pod["spec"]["containers"][0]["resources"][kind]["memory"] = str(2**50)
+
+    for what, change, words in (
+        ("PodSecurity restricted", privileged, ("PodSecurity",)),
+        ("ResourceQuota and LimitRange", greedy, ("quota", "maximum memory")),
+    ):
+        why = _refused(boundary, good, change, words)
+        if why is not None:
+            return f"{what}: {why}"
+    return None
+
+
+def _refused(
+    boundary: "NamespaceBoundary", good: Manifest, change: Callable[[Manifest], Any], words: Sequence[str]
+) -> str | None:
+    pod = deepcopy(good)
+    change(pod)
+    try:
+        boundary.cluster.create(pod, dry_run=True)
+    except Denied as error:
+        return None if any(word in error.detail for word in words) else f"it was another that refused: {error}"
+    except ClusterError as error:
+        return f"it did not answer: {error}"
+    return "a pod that must be refused was taken"
+
+
+def _kernel(sandbox: "NamespaceSandbox", variant: str, nodes: Sequence[Manifest]) -> str | None:
+    said = sandbox.about()
+    kernels = {str(node["status"]["nodeInfo"]["kernelVersion"]).encode() for node in nodes}
+    seen = any(kernel in said for kernel in kernels)
+    if variant == SOFT:
+        return None if seen else "pods without a RuntimeClass do not run on the node's kernel; who knows what they run on"
+    if seen:
+        return f"RuntimeClass {variant} that isolates: its pods see the node's own kernel"
+    if variant == "gvisor" and not _GVISOR.search(said):
+        return "RuntimeClass gvisor that is gVisor: its kernel does not say so"
+    return None
+
+
+def _speaks(exited: Execution, signalled: Execution, absent: Execution) -> bool:
+    def is_(execution: Execution, ended: Ended, *, exit_code: int | None = None, signal: int | None = None) -> bool:
+        return (execution.ended, execution.exit_code, execution.signal) == (ended, exit_code, signal)
+
+    return (
+        is_(exited, Ended.EXITED, exit_code=139)
+        and is_(signalled, Ended.EXITED, signal=11)
+        and is_(absent, Ended.NOT_STARTED)
+    )
+
+
+def _shell(n: int, command: str) -> StepSpec:
+    return _step(n, ("/bin/sh", "-c", command))
+
+
+def _step(n: int, argv: tuple[str, ...]) -> StepSpec:
+    return StepSpec(n=n, argv=argv, env={"PATH": "/usr/bin:/bin"}, timeout_s=20)
+

@@ -1,0 +1,207 @@
+"""Plays one step in a pod. Its end is what the node's kubelet says of our program, which watches the step's process and
+takes its status over; the report on our program's own stream tells a signal from an exit status above 128, and both
+must agree. Where they do not, nothing passed.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from service.core.boundary import Cancellation, Ended, Execution, Limit, Listener, StepSpec
+from service.core.controls import Limits
+from service.core.errors import BoundaryLost
+from workers.boundaries.namespace.pod import Pod, ended_by, is_over, shown
+from workers.boundaries.namespace.protocol import Frames, Garbled, Report, step_request
+from workers.capture import HeadAndTail
+from workers.kube import ClusterError, ExecEnded
+
+_OUTPUT_FACTOR = 64
+"""A run that prints so many times its limit is ended."""
+_KILLED = 128 + 9
+_TOLD_WITHIN_S = 3.0
+"""The kubelet looks at its containers once a second."""
+_CHUNK = 256 * 1024
+_E2BIG = 7
+
+
+@dataclass
+class Guest:
+    """What the steps of one run share."""
+
+    pod: Pod
+    limits: Limits
+    cancelled: Cancellation
+    wall_ends_at: float
+    alive: bool = True
+    printed_bytes: int = 0
+    cpu_s: float = 0.0
+    peak_bytes: int = 0
+    oom_kills: int = 0
+
+    def end(self) -> None:
+        """Whatever of it runs. What resists goes with its pod."""
+        self.alive = False
+        try:
+            self.pod.kill_guest()
+        except BoundaryLost:
+            self.delete_pod()
+
+    def delete_pod(self) -> None:
+        """Raises BoundaryLost."""
+        try:
+            self.pod.cluster.delete("Pod", self.pod.name, self.pod.namespace, uid=self.pod.uid, grace_s=1)
+        except ClusterError as error:
+            raise BoundaryLost(f"the pod cannot be ended: {error}") from error
+
+
+def play(guest: Guest, step: StepSpec, *, listener: Listener | None = None) -> Execution:
+    """Run the step to its end, and see to it that it has ended. Raises BoundaryLost when that cannot be had."""
+    return _Play(guest, step, listener).run()
+
+
+class _Play:
+    def __init__(self, guest: Guest, step: StepSpec, listener: Listener | None) -> None:
+        self._guest, self._step = guest, step
+        limit = guest.limits.output
+        self._stdout = HeadAndTail(limit, tell=partial(listener, "stdout") if listener else None)
+        self._stderr = HeadAndTail(limit, tell=partial(listener, "stderr") if listener else None)
+        self._frames = Frames({"o": partial(self._hear, self._stdout), "e": partial(self._hear, self._stderr)})
+        self._garbled: Garbled | None = None
+        self._over: Ended | None = None
+        self._limits: set[Limit] = set()
+        self._message = ""
+        self._exit_code: int | None = None
+        self._signal: int | None = None
+
+    def run(self) -> Execution:
+        request = step_request(self._step, self._guest.limits)
+        if request is None:
+            self._message = os.strerror(_E2BIG)
+            return self._execution(Ended.NOT_STARTED, 0.0)
+        started_at = time.monotonic()
+        self._ends_at = started_at + self._step.timeout_s
+        try:
+            ended = self._guest.pod.command(
+                "step", stdin=_chunks(request, self._step.stdin), on_output=self._take, stop=self._is_over,
+                deadline=self._guest.wall_ends_at + self._step.timeout_s,
+            )  # fmt: skip
+        except ClusterError as error:
+            ended = ExecEnded("lost", message=str(error))
+        duration_s = time.monotonic() - started_at
+        why = self._why(ended)
+        if why in (Ended.STEP_TIMEOUT, Ended.WALL_TIMEOUT):
+            self._clear()
+        elif why not in (Ended.EXITED, Ended.NOT_STARTED):
+            self._guest.end()
+        return self._execution(why, duration_s)
+
+    def _take(self, stream: str, data: bytes) -> None:
+        """Our program says nothing on stderr; the container runtime may, when it cannot start it."""
+        if stream == "stderr":
+            self._message = (self._message + data.decode("utf-8", "replace"))[:500]
+            return
+        try:
+            self._frames.feed(data)
+        except Garbled as error:
+            self._garbled = error
+
+    def _hear(self, stream: HeadAndTail, data: bytes) -> None:
+        stream.add(data)
+        self._guest.printed_bytes += len(data)
+
+    def _is_over(self) -> bool:
+        """Asked all the time: whether something of ours ends the step."""
+        now = time.monotonic()
+        if self._garbled is not None:
+            self._over = Ended.LOST
+        elif self._guest.printed_bytes > _OUTPUT_FACTOR * self._guest.limits.output:
+            self._limits.add(Limit.OUTPUT)
+            self._over = Ended.LIMIT
+        elif self._guest.cancelled.is_set():
+            self._over = Ended.CANCELLED
+        elif now >= self._guest.wall_ends_at:
+            self._over = Ended.WALL_TIMEOUT
+        elif now >= self._ends_at:
+            self._over = Ended.STEP_TIMEOUT
+        return self._over is not None
+
+    def _why(self, ended: ExecEnded) -> Ended:
+        if self._over is not None or ended.why == "deadline":
+            self._message = str(self._garbled or "")
+            return self._over or Ended.WALL_TIMEOUT
+        report = self._frames.report
+        if ended.why == "exited" and report is not None and ended.exit_code == report.status:
+            return self._reported(report)
+        return self._unreported(ended)
+
+    def _reported(self, report: Report) -> Ended:
+        guest = self._guest
+        guest.cpu_s += report.cpu_s
+        guest.peak_bytes = max(guest.peak_bytes, report.peak_bytes or 0)
+        if report.disk_full:
+            self._limits.add(Limit.DISK)
+        if report.tasks >= guest.limits.pids:
+            self._limits.add(Limit.PIDS)
+        if (report.oom_kills or 0) > guest.oom_kills:
+            self._limits.add(Limit.MEMORY)
+            return Ended.LIMIT
+        if report.not_started is not None:
+            self._message = f"{self._step.argv[0]}: {os.strerror(report.not_started)}"
+            return Ended.NOT_STARTED
+        self._message = ""
+        self._exit_code, self._signal = report.exited, report.signalled
+        return Ended.EXITED
+
+    def _unreported(self, ended: ExecEnded) -> Ended:
+        """Our program ended without a word, or was contradicted. Who ended it: the node, for want of memory or because
+        somebody deleted the pod; else the guest, which may send signals to what has its uid."""
+        try:
+            pod = self._guest.pod.await_end(within_s=_TOLD_WITHIN_S)
+        except (BoundaryLost, ClusterError):  # it goes on, or nobody can say
+            if ended.why == "exited" and ended.exit_code == _KILLED and self._clear():
+                self._signal, self._message = 9, "the process that watched the step was killed by the guest"
+                return Ended.EXITED
+            pod = self._last_seen()
+        if pod is not None and ended_by(pod) == "OOMKilled":
+            self._limits.add(Limit.MEMORY)
+            return Ended.LIMIT
+        over = f"the pod ended: {ended_by(pod) or 'for no reason given'}" if pod and is_over(pod) else ""
+        self._message = over or f"the step was lost: {self._message or shown(ended)}"
+        return Ended.LOST
+
+    def _last_seen(self) -> dict[str, object] | None:
+        try:
+            return self._guest.pod.read()
+        except ClusterError:
+            return None
+
+    def _clear(self) -> bool:
+        """End what the step left; the pod stays usable when that came true."""
+        try:
+            self._guest.pod.kill_guest()
+        except BoundaryLost:
+            self._guest.end()
+        return self._guest.alive
+
+    def _execution(self, ended: Ended, duration_s: float) -> Execution:
+        report = self._frames.report
+        return Execution(
+            ended=ended,
+            exit_code=self._exit_code,
+            signal=self._signal,
+            message="".join(char if char.isprintable() else "\ufffd" for char in self._message),
+            duration_s=duration_s,
+            cpu_s=report.cpu_s if report is not None else 0.0,
+            stdout=self._stdout.capture(),
+            stderr=self._stderr.capture(),
+            limits=frozenset(self._limits),
+            sandbox_alive=self._guest.alive,
+        )
+
+
+def _chunks(request: bytes, stdin: bytes) -> Iterator[bytes]:
+    yield request
+    for start in range(0, len(stdin), _CHUNK):
+        yield stdin[start : start + _CHUNK]
