@@ -21,6 +21,7 @@ from service.core.boundary import BoundaryKind, Capabilities
 from service.core.cleanup import ActionResult, PlannedAction, Scope
 from service.core.errors import BlastdoorError
 from service.core.placement import OFFERS
+from workers.cluster_cli import cluster
 from workers.conformance import report
 from workers.conformance.corpus import CASES
 from workers.conformance.run import Arena, Result, judge_all
@@ -32,6 +33,7 @@ from workers.runtimes.store import RuntimeStore
 commands = typer.Typer(no_args_is_help=True)
 runtimes = typer.Typer(no_args_is_help=True, help="Root filesystems that scenarios may name on this host.")
 commands.add_typer(runtimes, name="runtimes")
+commands.add_typer(cluster, name="cluster")
 
 
 def default_state_dir() -> Path:
@@ -49,6 +51,10 @@ StateDir = Annotated[
 ]  # fmt: skip
 RuntimeDir = Annotated[Path, typer.Option(envvar="BLASTDOOR_RUNTIME_DIR", help="Where live boundaries stand.")]
 Runsc = Annotated[Path, typer.Option(envvar="BLASTDOOR_RUNSC", help="The gVisor runtime.")]
+Kubeconfig = Annotated[
+    Path | None, typer.Option(envvar="BLASTDOOR_KUBECONFIG", help="Of a cluster for boundary namespace.")
+]
+KubeImage = Annotated[str, typer.Option(envvar="BLASTDOOR_KUBE_IMAGE", help="The image of its pods, by digest.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")]
 
 
@@ -61,6 +67,9 @@ class ThisHost:
     runsc: Path
     installation: str
     site: str
+    kubeconfig: Path | None = None
+    kube_image: str = ""
+    namespace_variants: Sequence[str] = ("runc", "gvisor")
 
 
 @commands.command()
@@ -68,6 +77,8 @@ def doctor(
     state_dir: StateDir,
     runtime_dir: RuntimeDir = Path("/run/blastdoor"),
     runsc: Runsc = Path("/usr/bin/runsc"),
+    kubeconfig: Kubeconfig = None,
+    kube_image: KubeImage = "",
     attack: Annotated[
         bool, typer.Option("--attack", help="Play every known attack in each, with its control.")
     ] = False,
@@ -85,7 +96,10 @@ def doctor(
     """
     # Standard output is the answer; what drivers log goes elsewhere.
     structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
-    host = ThisHost(state_dir, runtime_dir, runsc, installation=f"doctor{os.getpid()}", site=socket.gethostname())
+    host = ThisHost(
+        state_dir, runtime_dir, runsc, installation=f"doctor{os.getpid()}", site=socket.gethostname(),
+        kubeconfig=kubeconfig, kube_image=kube_image,
+    )  # fmt: skip
     if attack:
         _attack(host, as_json=as_json)
     try:

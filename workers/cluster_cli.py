@@ -1,0 +1,166 @@
+"""`blastdoor cluster`: make a cluster ready for sandboxes, and say what it really enforces.
+
+They come with a kubeconfig of somebody who may do everything there; workers come with the engine's, who may not.
+"""
+
+import base64
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from workers.kube import Cluster, ClusterError
+from workers.kube.check import Row, State, check
+from workers.kube.install import ENGINE, MAX_S, POOL, Choices, wanted
+
+cluster = typer.Typer(no_args_is_help=True, help="A Kubernetes cluster that sandboxes are made in.")
+_COLOURS = {State.ENFORCED: "green", State.PRESENT: "green", State.DIFFERS: "yellow"}
+
+Kubeconfig = Annotated[
+    Path, typer.Option(envvar="KUBECONFIG", help="Of an administrator of the cluster; one file.", show_default=False)
+]
+Image = Annotated[
+    str,
+    typer.Option(
+        envvar="BLASTDOOR_KUBE_IMAGE",
+        help="The image of sandboxes, by digest, or a prefix ending in / that all of them begin with.",
+        show_default=False,
+    ),
+]
+Engine = Annotated[str, typer.Option(help="The cluster's user that workers come as.")]
+MaxSeconds = Annotated[int, typer.Option(min=60, help="No pod of a sandbox lives longer.")]
+Pool = Annotated[
+    str, typer.Option(metavar="KEY=VALUE", help="Label of the nodes for gVisor's sandboxes; empty: any node.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")]
+_POOL = ",".join(f"{key}={value}" for key, value in POOL.items())
+
+
+@cluster.command()
+def install(
+    kubeconfig: Kubeconfig,
+    image: Image,
+    engine: Engine = ENGINE,
+    max_seconds: MaxSeconds = MAX_S,
+    pool: Pool = _POOL,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="The API server judges it, and changes nothing.")] = False,
+) -> None:
+    """Apply what sandboxes need: admission policies, the engine's rights, runtime classes, priority, flow control.
+
+    Server-side and idempotent: what is there already stays, what differs is put right. A second run is an upgrade.
+
+    Status 0: applied; 2: bad usage; 3: the cluster refused, or cannot be reached.
+    """
+    choices = _choices(image, engine, max_seconds, pool)
+    try:
+        asked = Cluster.from_kubeconfig(kubeconfig)
+        for manifest in wanted(choices):
+            if dry_run and manifest["metadata"].get("namespace") == "blastdoor-system":
+                continue  # a dry run makes no namespace for it to be in
+            asked.apply(manifest, dry_run=dry_run)
+            typer.echo(f"{manifest['kind']} {manifest['metadata']['name']}")
+    except ClusterError as error:
+        raise _ended(f"the cluster was not made ready: {error}") from error
+
+
+@cluster.command("check")
+def check_(
+    kubeconfig: Kubeconfig,
+    image: Image,
+    engine: Engine = ENGINE,
+    max_seconds: MaxSeconds = MAX_S,
+    pool: Pool = _POOL,
+    as_json: Json = False,
+) -> None:
+    """Say which defence is present, which is enforced (tried just now, and it held), and which is missing.
+
+    Nothing runs in the cluster. What takes a running pod to see (gVisor, network policy), `blastdoor doctor` measures.
+
+    Status 0: all hold; 1: one does not; 2: bad usage; 3: the cluster cannot be asked.
+    """
+    choices = _choices(image, engine, max_seconds, pool)
+    try:
+        admin = Cluster.from_kubeconfig(kubeconfig)
+        rows = check(admin, Cluster.from_kubeconfig(kubeconfig, acting_as=choices.engine), choices)
+    except ClusterError as error:
+        raise _ended(f"the cluster could not be checked: {error}") from error
+    if as_json:
+        shown = [{"defence": row.defence, "state": str(row.state), "detail": row.detail} for row in rows]
+        typer.echo(json.dumps({"defences": shown}))
+    else:
+        _show(rows)
+    raise typer.Exit(0 if all(row.holds for row in rows) else 1)
+
+
+@cluster.command("kubeconfig")
+def kubeconfig_(
+    kubeconfig: Kubeconfig,
+    hours: Annotated[int, typer.Option(min=1, help="The cluster may grant less.")] = 24,
+) -> None:
+    """Print a kubeconfig for workers: the engine's, with a token that runs out.
+
+    For a service account of blastdoor-system; with another kind of user, `install --engine`, you have its kubeconfig.
+    """
+    try:
+        admin = Cluster.from_kubeconfig(kubeconfig)
+        typer.echo(json.dumps(engine_kubeconfig(admin, seconds=hours * 3600), indent=1))
+    except ClusterError as error:
+        raise _ended(f"no token for the engine: {error}") from error
+
+
+def engine_kubeconfig(admin: Cluster, *, seconds: int) -> dict[str, Any]:
+    """JSON, which is YAML."""
+    request = {
+        "apiVersion": "authentication.k8s.io/v1",
+        "kind": "TokenRequest",
+        "spec": {"audiences": [], "expirationSeconds": seconds},
+    }
+    where = "/api/v1/namespaces/blastdoor-system/serviceaccounts/engine/token"
+    token = admin.raw("POST", where, body=request).body["status"]["token"]
+    server: dict[str, Any] = {"server": admin.server}
+    if admin.authority is not None:
+        server["certificate-authority-data"] = base64.b64encode(admin.authority).decode()
+    return {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "cluster", "cluster": server}],
+        "users": [{"name": "engine", "user": {"token": token}}],
+        "contexts": [{"name": "engine", "context": {"cluster": "cluster", "user": "engine"}}],
+        "current-context": "engine",
+    }
+
+
+def _choices(image: str, engine: str, max_seconds: int, pool: str) -> Choices:
+    name, at, _ = image.partition("@")
+    try:
+        return Choices(image_prefix=name + at, engine=engine, max_s=max_seconds, pool=_labels(pool))
+    except ValueError as error:
+        typer.echo(f"blastdoor: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _labels(text: str) -> Mapping[str, str]:
+    if not text:
+        return {}
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise ValueError(f"a pool is KEY=VALUE: {text!r}")
+    return {key: value}
+
+
+def _ended(said: str) -> typer.Exit:
+    typer.echo(f"blastdoor: {said}", err=True)
+    return typer.Exit(3)
+
+
+def _show(rows: Sequence[Row]) -> None:
+    grid = Table.grid(padding=(0, 2))
+    for row in rows:
+        grid.add_row(escape(row.defence), f"[{_COLOURS.get(row.state, 'red')}]{row.state}[/]", escape(row.detail))
+    Console(soft_wrap=not sys.stdout.isatty()).print(grid)
