@@ -1,7 +1,7 @@
 """Compiles the sandboxes' inits when the package is built or installed.
 
-The first process of a gVisor sandbox, and that of a pod, is a small static program of ours. It is built from its source on the machine that
-will use it, so that no binary lives in the repository and what runs is what was reviewed.
+The first process of a gVisor sandbox, and that of a pod, is a small static program of ours. It is built from its source
+on the machine that will use it, so that no binary lives in the repository and what runs is what was reviewed.
 """
 
 from __future__ import annotations

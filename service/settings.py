@@ -63,6 +63,13 @@ class Settings(BaseSettings):
     )
     boundaries: tuple[str, ...] = Field(("gvisor",), description="boundary kinds this worker builds (JSON list)")
     runsc: Path = Field(Path("/usr/bin/runsc"), description="the gVisor runtime")
+    kubeconfig: Path | None = Field(
+        None, description="of the cluster that boundary namespace makes pods in, as the engine's user; empty: none"
+    )
+    kube_image: str = Field("", description="what pods are made of: an image of ours, by digest (NAME@sha256:...)")
+    namespace_variants: tuple[Literal["runc", "gvisor", "kata-qemu", "kata-fc"], ...] = Field(
+        ("runc", "gvisor"), description="variants of boundary namespace that this worker builds (JSON list)"
+    )
 
     # Times; tests scale them down
     lease_s: Seconds = Field(30.0, description="a worker's right to act on a run, without a heartbeat")
@@ -123,7 +130,7 @@ class Settings(BaseSettings):
         "", description="NAME:ACTION[@N],... for tests of faults; refused unless environment=test; empty: none"
     )
 
-    @field_validator("policy_file", "bus_url", "webhook_ca_file", mode="before")
+    @field_validator("policy_file", "bus_url", "webhook_ca_file", "kubeconfig", mode="before")
     @classmethod
     def _empty_is_absent(cls, value: object) -> object:
         return None if value == "" else value

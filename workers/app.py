@@ -74,6 +74,18 @@ class Site:
     def runsc(self) -> Any:
         return self.settings.runsc
 
+    @property
+    def kubeconfig(self) -> Any:
+        return self.settings.kubeconfig
+
+    @property
+    def kube_image(self) -> str:
+        return self.settings.kube_image
+
+    @property
+    def namespace_variants(self) -> Sequence[str]:
+        return self.settings.namespace_variants
+
 
 @dataclass
 class Parts:

@@ -47,6 +47,9 @@ class Here:
     runsc: Path
     installation: str
     site: str
+    kubeconfig: Path | None = None
+    kube_image: str = ""
+    namespace_variants: Sequence[str] = ("runc", "gvisor")
 
 
 @dataclass

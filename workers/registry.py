@@ -8,6 +8,7 @@ from service.core.boundary import Boundary, BoundaryKind, Host
 
 DRIVERS: Mapping[BoundaryKind, str] = {
     BoundaryKind.GVISOR: "workers.boundaries.gvisor.driver:GvisorBoundary",
+    BoundaryKind.NAMESPACE: "workers.boundaries.namespace.driver:NamespaceBoundary",
 }
 
 

@@ -44,13 +44,25 @@ PLACES: Mapping[Failpoint, frozenset[str]] = {
     Failpoint.CLAIM_BEFORE_COMMIT: frozenset({"service.adapters.sql.line:SqlRunLine.claim"}),
     Failpoint.CLAIM_AFTER: frozenset({"workers.run_scenario:run_waiting"}),
     Failpoint.OPEN_BEFORE_CREATE: frozenset(
-        {"workers.boundaries.fake:FakeBoundary.open", "workers.boundaries.gvisor.driver:GvisorBoundary.open"}
+        {
+            "workers.boundaries.fake:FakeBoundary.open",
+            "workers.boundaries.gvisor.driver:GvisorBoundary.open",
+            "workers.boundaries.namespace.driver:NamespaceBoundary.open",
+        }
     ),
     Failpoint.OPEN_HALF_CREATED: frozenset(
-        {"workers.boundaries.fake:FakeBoundary.open", "workers.boundaries.gvisor.driver:GvisorBoundary._make"}
+        {
+            "workers.boundaries.fake:FakeBoundary.open",
+            "workers.boundaries.gvisor.driver:GvisorBoundary._make",
+            "workers.boundaries.namespace.driver:NamespaceBoundary._make",
+        }
     ),
     Failpoint.OPEN_CREATED: frozenset(
-        {"workers.boundaries.fake:FakeBoundary.open", "workers.boundaries.gvisor.driver:GvisorBoundary.open"}
+        {
+            "workers.boundaries.fake:FakeBoundary.open",
+            "workers.boundaries.gvisor.driver:GvisorBoundary.open",
+            "workers.boundaries.namespace.driver:NamespaceBoundary.open",
+        }
     ),
     Failpoint.UPLOAD_AFTER: frozenset({"workers.run_scenario:_play_through"}),
     Failpoint.RUNNING_AFTER: frozenset({"workers.run_scenario:_play_through"}),

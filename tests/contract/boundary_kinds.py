@@ -23,6 +23,14 @@ class Kind(Protocol):
     boundary: Boundary
     installation: str
 
+    def ref(self, *, run_id: str | None = None, fence: int = 1) -> BoundaryRef:
+        """Of a new run, or another attempt at one."""
+        ...
+
+    def as_discovered(self, ref: BoundaryRef) -> BoundaryRef:
+        """What of a reference can be read back from the platform."""
+        ...
+
     def exits(self, code: int) -> StepSpec: ...
     def segfaults(self) -> StepSpec: ...
     def missing(self) -> StepSpec: ...
@@ -54,6 +62,12 @@ class FakeKind:
         self._world = world
         self.boundary = FakeBoundary(world=world)
         self._abandoned: list[object] = []
+
+    def ref(self, *, run_id: str | None = None, fence: int = 1) -> BoundaryRef:
+        return make_ref(installation=self.installation, run_id=run_id, fence=fence)
+
+    def as_discovered(self, ref: BoundaryRef) -> BoundaryRef:
+        return ref
 
     def exits(self, code: int) -> StepSpec:
         return make_step("exit", str(code))
@@ -101,11 +115,8 @@ class FakeKind:
         return ref.name in self._world.running
 
 
-class GvisorKind:
-    def __init__(self, boundary: GvisorBoundary, runtime_dir: Path, store: Path) -> None:
-        self.boundary = boundary
-        self.installation = boundary.host.installation
-        self._runtime_dir, self._store = runtime_dir, store
+class Shelled:
+    """The programs of a kind whose guest has a shell."""
 
     def exits(self, code: int) -> StepSpec:
         return shell(f"exit {code}")
@@ -139,6 +150,19 @@ class GvisorKind:
 
     def leaves_a_child_holding_stdout(self, text: str) -> StepSpec:
         return shell(f"(sleep 30; echo late) & printf %s '{text}'")
+
+
+class GvisorKind(Shelled):
+    def __init__(self, boundary: GvisorBoundary, runtime_dir: Path, store: Path) -> None:
+        self.boundary = boundary
+        self.installation = boundary.host.installation
+        self._runtime_dir, self._store = runtime_dir, store
+
+    def ref(self, *, run_id: str | None = None, fence: int = 1) -> BoundaryRef:
+        return make_ref(installation=self.installation, run_id=run_id, fence=fence)
+
+    def as_discovered(self, ref: BoundaryRef) -> BoundaryRef:
+        return ref
 
     def another_process(self) -> Boundary:
         return GvisorBoundary(self.boundary.host)

@@ -10,7 +10,7 @@ import pytest
 from service.core.boundary import Ended, Limit
 from service.core.errors import BoundaryError, ProvisionFailed
 from tests.contract.boundary_kinds import Kind, fake_kind, gvisor_kind
-from tests.sandboxes import Never, Sink, artifact_limits, make_ref, make_spec
+from tests.sandboxes import Never, Sink, artifact_limits, make_spec
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ class Cancelled:
 
 class TestSteps:
     def test_exit_codes_signals_and_missing_programs_are_three_different_things(self, kind: Kind) -> None:
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
         with kind.boundary.open(make_spec(), ref, cancelled=Never()) as sandbox:
             seen = [sandbox.execute(step) for step in (kind.exits(139), kind.segfaults(), kind.exits(128))]
             absent = sandbox.execute(kind.missing())
@@ -58,7 +58,7 @@ class TestSteps:
 
     def test_stdout_and_stderr_are_separate_and_stdin_arrives_whole(self, kind: Kind) -> None:
         text = bytes(range(256)) * 4096  # 1 MiB: more than any pipe holds
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
         with kind.boundary.open(make_spec(output=4 * 2**20), ref, cancelled=Never()) as sandbox:
             out = sandbox.execute(kind.prints("to stdout"))
             err = sandbox.execute(kind.complains("to stderr"))
@@ -69,7 +69,7 @@ class TestSteps:
         assert echoed.stdout.data == text
 
     def test_output_beyond_the_cap_keeps_head_and_tail_and_counts_the_rest(self, kind: Kind) -> None:
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
         with kind.boundary.open(make_spec(output=64 * 1024), ref, cancelled=Never()) as sandbox:
             small = sandbox.execute(kind.floods(64 * 1024))
             large = sandbox.execute(kind.floods(1024 * 1024))
@@ -83,7 +83,7 @@ class TestSteps:
 
     def test_a_listener_is_told_all_of_each_stream_as_it_is_also_what_is_not_kept(self, kind: Kind) -> None:
         text = bytes(range(256)) * 1024
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
         with kind.boundary.open(make_spec(output=64 * 1024), ref, cancelled=Never()) as sandbox:
             heard: list[dict[str, bytes]] = []
             for step in (kind.echoes(text), kind.complains("to stderr"), kind.exits(3), kind.missing()):
@@ -107,7 +107,7 @@ class TestSteps:
             def is_set(self) -> bool:
                 return bool(heard)
 
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
         with kind.boundary.open(make_spec(), ref, cancelled=OnceHeard()) as sandbox:
             execution = sandbox.execute(kind.talks("first", 300, "second"), listener=lambda _, text: heard.append(text))
         kind.boundary.destroy(ref)
@@ -115,7 +115,7 @@ class TestSteps:
         assert execution.stdout.data == b"first"
 
     def test_a_run_that_prints_64_times_its_output_is_ended(self, kind: Kind) -> None:
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
         with kind.boundary.open(make_spec(output=64 * 1024), ref, cancelled=Never()) as sandbox:
             allowed = sandbox.execute(kind.floods(63 * 64 * 1024))
             ended = sandbox.execute(kind.floods(8 * 2**20))
@@ -126,7 +126,7 @@ class TestSteps:
         assert not ended.sandbox_alive
 
     def test_a_timeout_is_a_result_and_the_sandbox_lives_on(self, kind: Kind) -> None:
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
         with kind.boundary.open(make_spec(), ref, cancelled=Never()) as sandbox:
             late = sandbox.execute(kind.sleeps(30, timeout_s=0.3))
             after = sandbox.execute(kind.prints("still here"))
@@ -137,7 +137,7 @@ class TestSteps:
         assert after.stdout.data == b"still here"
 
     def test_a_background_child_that_holds_stdout_delays_nothing(self, kind: Kind) -> None:
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
         with kind.boundary.open(make_spec(), ref, cancelled=Never()) as sandbox:
             started = time.monotonic()
             left = sandbox.execute(kind.leaves_a_child_holding_stdout("early"))
@@ -149,11 +149,11 @@ class TestSteps:
         assert after.stdout.data == b"mine alone"
 
     def test_a_cancelled_run_ends_at_once(self, kind: Kind) -> None:
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
         with kind.boundary.open(make_spec(), ref, cancelled=Never()) as sandbox:
             assert sandbox.execute(kind.exits(0)).exit_code == 0
         kind.boundary.destroy(ref)
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
         cancelled = Cancelled(after_s=60)
         with kind.boundary.open(make_spec(), ref, cancelled=cancelled) as sandbox:
             cancelled._at = time.monotonic() + (0.3 if kind.installation != "fake" else 0)
@@ -167,7 +167,7 @@ class TestSteps:
 
 class TestCollecting:
     def test_what_was_written_is_collected_with_its_digest(self, kind: Kind) -> None:
-        ref, sink = make_ref(installation=kind.installation), Sink()
+        ref, sink = kind.ref(), Sink()
         with kind.boundary.open(make_spec(), ref, cancelled=Never()) as sandbox:
             sandbox.execute(kind.writes("out/report.txt", "done"))
             sandbox.execute(kind.writes("private.txt", "not asked for"))
@@ -181,7 +181,7 @@ class TestCollecting:
         assert found.expected["absent.txt"].absent_why == "absent"
 
     def test_nothing_runs_during_or_after_collect(self, kind: Kind) -> None:
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
         with kind.boundary.open(make_spec(), ref, cancelled=Never()) as sandbox:
             sandbox.execute(kind.leaves_a_child_holding_stdout("x"))
             assert kind.running(ref)
@@ -194,7 +194,7 @@ class TestCollecting:
         kind.boundary.destroy(ref)
 
     def test_artifacts_beyond_the_limit_are_skipped_and_said(self, kind: Kind) -> None:
-        ref, sink = make_ref(installation=kind.installation), Sink()
+        ref, sink = kind.ref(), Sink()
         with kind.boundary.open(make_spec(), ref, cancelled=Never()) as sandbox:
             sandbox.execute(kind.writes("out/a", "12345"))
             sandbox.execute(kind.writes("out/b", "12345"))
@@ -206,17 +206,17 @@ class TestCollecting:
 
 class TestLife:
     def test_discover_finds_what_open_made_and_nothing_afterwards(self, kind: Kind) -> None:
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
         elsewhere = kind.another_process()
         assert list(elsewhere.discover()) == []
         with kind.boundary.open(make_spec(), ref, cancelled=Never()):
-            assert list(elsewhere.discover()) == [ref]
-        assert list(elsewhere.discover()) == [ref]
+            assert list(elsewhere.discover()) == [kind.as_discovered(ref)]
+        assert list(elsewhere.discover()) == [kind.as_discovered(ref)]
         kind.boundary.destroy(ref)
         assert list(elsewhere.discover()) == []
 
     def test_destroying_twice_or_what_never_was_is_success(self, kind: Kind) -> None:
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
         kind.boundary.destroy(ref)
         with kind.boundary.open(make_spec(), ref, cancelled=Never()):
             pass
@@ -225,9 +225,9 @@ class TestLife:
         assert list(kind.boundary.discover()) == []
 
     def test_another_process_can_destroy_a_living_boundary(self, kind: Kind) -> None:
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
         with kind.boundary.open(make_spec(), ref, cancelled=Never()) as sandbox:
-            sandbox.execute(kind.exits(0))
+            sandbox.execute(kind.leaves_a_child_holding_stdout("x"))
             assert kind.running(ref)
             with suppress(BoundaryError):  # our descriptors hold its file system; dead, it goes when we let go
                 kind.another_process().destroy(ref)
@@ -239,7 +239,7 @@ class TestLife:
         assert list(kind.boundary.discover()) == []
 
     def test_an_exception_inside_leaves_nothing_running(self, kind: Kind) -> None:
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
 
         def fails_inside() -> None:
             with kind.boundary.open(make_spec(), ref, cancelled=Never()) as sandbox:
@@ -253,17 +253,19 @@ class TestLife:
         kind.boundary.destroy(ref)
 
     def test_a_name_is_made_once(self, kind: Kind) -> None:
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
         with kind.boundary.open(make_spec(), ref, cancelled=Never()):
             pass
         with pytest.raises(ProvisionFailed), kind.boundary.open(make_spec(), ref, cancelled=Never()):
             pass
-        assert list(kind.boundary.discover()) == [ref], "the failed attempt must not undo what has the name"
+        assert list(kind.boundary.discover()) == [kind.as_discovered(ref)], (
+            "the failed attempt must not undo what has the name"
+        )
         kind.boundary.destroy(ref)
 
     def test_fences_of_one_run_are_different_boundaries(self, kind: Kind) -> None:
-        old = make_ref(installation=kind.installation, fence=1)
-        new = make_ref(installation=kind.installation, run_id=old.run_id, fence=2)
+        old = kind.ref(fence=1)
+        new = kind.ref(run_id=old.run_id, fence=2)
         with kind.boundary.open(make_spec(), old, cancelled=Never()):
             with kind.boundary.open(make_spec(), new, cancelled=Never()) as sandbox:
                 kind.boundary.destroy(new.model_copy(update={"fence": 3}))
@@ -273,13 +275,13 @@ class TestLife:
         kind.boundary.destroy(new)
 
     def test_a_killed_worker_leaves_a_guest_that_ends_by_itself_and_is_then_reaped(self, kind: Kind) -> None:
-        ref = make_ref(installation=kind.installation)
+        ref = kind.ref()
         kind.worker_killed_in(ref)
         deadline = time.monotonic() + 5
         while kind.running(ref) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not kind.running(ref)
-        assert list(kind.boundary.discover()) == [ref]
+        assert list(kind.boundary.discover()) == [kind.as_discovered(ref)]
         kind.boundary.destroy(ref)
         assert list(kind.boundary.discover()) == []
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.sandboxes import Sink, artifact_limits, make_ref
-from workers.capture import HeadAndTail
 from workers.boundaries.gvisor.cgroups import CgroupTree, Group, GroupLimits
 from workers.boundaries.gvisor.collect import collect_tree
 from workers.boundaries.gvisor.mounts import open_beneath
 from workers.boundaries.gvisor.places import Places
+from workers.capture import HeadAndTail
 from workers.globs import Matcher
 
 

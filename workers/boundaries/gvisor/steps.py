@@ -16,7 +16,6 @@ from functools import partial
 from typing import Literal
 
 from service.core.boundary import Cancellation, Ended, Execution, Limit, Listener, StepSpec
-from workers.capture import HeadAndTail
 from workers.boundaries.gvisor.cgroups import Group
 from workers.boundaries.gvisor.control import (
     GUEST_UID,
@@ -29,6 +28,7 @@ from workers.boundaries.gvisor.control import (
 )
 from workers.boundaries.gvisor.render import FILES_OVERHEAD
 from workers.boundaries.gvisor.supervision import Supervised
+from workers.capture import HeadAndTail
 from workers.runtimes.store import INIT_AT
 
 _COUNT_S = 0.2

@@ -1,7 +1,8 @@
 """Reads what a dead guest has left: our program says what there is, we choose, and it sends that as a tar.
 
 The tar goes through the extractor that judges uploads. Its members are called by their number in our own request, so
-that nothing which comes out of a pod can name a file of ours; links, devices and files with two names are not asked for.
+that nothing which comes out of a pod can name a file of ours; links, devices and files with two names are not asked
+for.
 """
 
 import io
@@ -29,6 +30,8 @@ _MAX_SKIPPED = 1000
 _MAX_TOLD = 120_000
 """A little above the most files that any run may have: here they are counted, since no volume of a pod can do it."""
 _MAX_LISTING_BYTES = 64 * 2**20
+_DEEPEST = 64
+"""As far as our program goes."""
 _MORE_S = 5.0
 _WHY_NOT = {"D": "directory", "L": "symlink", "P": "fifo", "S": "socket", "V": "device", "?": "not a regular file"}
 _TOO_LARGE = "too large: the run's artifacts may come to no more"
@@ -50,8 +53,7 @@ def collect(
 ) -> tuple[Artifacts, int]:
     """Ends the guest first. -> the artifacts, and how many files and directories there are. Raises BoundaryLost."""
     deadline = time.monotonic() + limits.seconds
-    # One level more than is taken, to say of what lies there that it is too deep; our program goes 64 deep.
-    depth = str(min(limits.depth, 64))
+    depth = str(min(limits.depth, _DEEPEST))
     listing = read_listing(
         pod.says("list", depth, str(_MAX_TOLD), most_bytes=_MAX_LISTING_BYTES, seconds=limits.seconds + _MORE_S)
     )
@@ -100,6 +102,8 @@ def _matching(listing: Listing, matcher: Matcher, max_depth: int) -> Iterator[tu
     """What a pattern means, in order, each with why it is not taken."""
     for found in sorted(listing.found, key=lambda found: found.path.split(b"/")):
         path = os.fsdecode(found.path)
+        if path.count("/") >= max_depth:
+            continue
         if found.what == "D" and matcher.reaches_beneath(path):
             if path.count("/") + 1 >= max_depth:
                 yield found, f"deeper than {max_depth}"
@@ -172,9 +176,7 @@ def _put(
 
 
 @contextmanager
-def _sent(
-    pod: Pod, paths: Sequence[Found], *, deadline: float
-) -> Iterator[tuple[Iterator[tuple[int, int, int]], int]]:
+def _sent(pod: Pod, paths: Sequence[Found], *, deadline: float) -> Iterator[tuple[Iterator[tuple[int, int, int]], int]]:
     """The files asked for, on our disk under no name -> ((index, offset, size) of each, the descriptor). Raises
     BoundaryLost, BundleRejected."""
     most = sum(BLOCK_BYTES + found.size + BLOCK_BYTES for found in paths) + 4 * BLOCK_BYTES

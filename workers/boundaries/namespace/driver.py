@@ -1,8 +1,8 @@
 """The namespace boundary: one bare pod per run, in a namespace of its own or, for soft isolation, in its tenant's.
 
-Order of making: namespace with labels, its walls, pod; then our first process in the pod has to find that network policy
-is in force. Undoing goes by names and labels alone, from any process, and only ever takes the very object that was
-looked at (uid). What the cluster says exists is what exists.
+Order of making: namespace with labels, its walls, pod; then our first process in the pod has to find that network
+policy is in force. Undoing goes by names and labels alone, from any process, and only ever takes the very object that
+was looked at (uid). What the cluster says exists is what exists.
 """
 
 import math
@@ -234,7 +234,7 @@ class NamespaceBoundary:
         created = self._create(manifest, opened)
         pod = Pod(self.cluster, namespace_name(ref), ref.name, created["metadata"]["uid"], init_at(ref.variant))
         running = pod.await_running(cancelled, within_s=_READY_S)
-        times, seconds = pod.await_shut()
+        times, seconds = pod.await_shut(cancelled)
         if not self.listener.is_there(listener):  # then that it could not be reached shows nothing
             raise BoundaryLost("the listener for the check of network policy went away meanwhile")
         if not lets_nothing_pass(self.cluster.get("NetworkPolicy", "default-deny", pod.namespace)):

@@ -1,10 +1,10 @@
 """What the wall is, read back from the API server after the pod runs; nothing of it is what we asked for.
 
-    runtime, runtime_class    the RuntimeClass that stands in the pod's spec, and its handler; "node default" without one
+    runtime, runtime_class    the RuntimeClass in the pod's spec, and its handler; "node default" without one
     runtime_version, node     the pod's node: its container engine, kernel, operating system and kubelet, as its kubelet
                               says (Node.status.nodeInfo)
-    network                   "none" when the namespace's policy lets nothing pass, and our first process in this very pod
-                              could not reach the listener that it must not reach
+    network                   "none" when the namespace's policy lets nothing pass, and our first process in this very
+                              pod could not reach the listener that it must not reach
     policy                    that NetworkPolicy's uid, how often the listener was reached before, and for how long
     limits, uid, pod_spec     the spec of the pod as it was admitted; the digest is of its JSON with sorted keys
     image                     the digest that the node runs (containerStatuses)

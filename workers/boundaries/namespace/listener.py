@@ -1,15 +1,15 @@
 """A pod of ours that listens, so that every other pod can fail to reach it.
 
 That proves something only while it can be reached from where no policy forbids it: the probe sends a control there.
-One serves all runs of an installation in a cluster. It is a bare pod, with an end of its own as each of ours has, and so
-it is renewed long before that.
+One serves all runs of an installation in a cluster. It is a bare pod, with an end of its own as each of ours has, and
+so it is renewed long before that.
 """
 
 import time
 from datetime import UTC, datetime, timedelta
 
 from service.core.errors import ProvisionFailed
-from workers.boundaries.namespace.pod import Pod, explained, is_over, is_running
+from workers.boundaries.namespace.pod import Pod, exit_code, explained, is_over, is_running
 from workers.boundaries.namespace.render import (
     LISTENER_PORT,
     SOFT,
@@ -60,9 +60,8 @@ class Listener:
         address = self.address()
         pod = self._start("control", ["reach", address, str(LISTENER_PORT)])
         try:
-            ended = pod.await_end(within_s=_START_S)
-            phase = (ended or {}).get("status", {}).get("phase")
-            return None if phase == "Succeeded" else f"a pod that may reach the listener did not: {explained(ended or {})}"
+            ended = pod.await_end(within_s=_START_S) or {}
+            return None if exit_code(ended) == 0 else f"a pod that may reach the listener did not: {explained(ended)}"
         finally:
             self._cluster.delete("Pod", pod.name, pod.namespace, uid=pod.uid, grace_s=1)
 

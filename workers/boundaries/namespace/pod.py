@@ -1,4 +1,4 @@
-"""A pod of ours in the cluster, and the words that our program in it knows: one command each, over the engine's exec."""
+"""A pod of ours in the cluster, and the words that our program in it knows: one command each, by the engine's exec."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +14,9 @@ from workers.kube import Cluster, ClusterError, ExecEnded, Manifest
 _HOPELESS = frozenset({"ErrImageNeverPull", "InvalidImageName", "CreateContainerConfigError", "CreateContainerError"})
 _WATCH_S = 2.0
 _WORD_S = 20.0
+_SHUT_S = 25.0
 _MOST_SAID = 1024
+_KILL_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class Pod:
             stdin=stdin, on_output=on_output, deadline=deadline, stop=stop,
         )  # fmt: skip
 
-    def says(self, *words: str, most_bytes: int = _MOST_SAID, seconds: float = _WORD_S) -> bytes:
+    def says(
+        self, *words: str, most_bytes: int = _MOST_SAID, seconds: float = _WORD_S,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bytes:  # fmt: skip
         """What a word prints, when it ends well. Raises BoundaryLost."""
         said = bytearray()
 
@@ -50,7 +55,9 @@ class Pod:
 
         deadline = time.monotonic() + seconds
         try:
-            ended = self.command(*words, deadline=deadline, on_output=hear, stop=lambda: len(said) > most_bytes)
+            ended = self.command(
+                *words, deadline=deadline, on_output=hear, stop=lambda: len(said) > most_bytes or stop()
+            )
         except ClusterError as error:
             raise BoundaryLost(f"our program in the pod could not be asked to {words[0]}: {error}") from error
         if ended.why != "exited" or ended.exit_code != 0:
@@ -59,8 +66,8 @@ class Pod:
 
     def kill_guest(self) -> None:
         """Ends every process of the guest's, and has seen that none is left. A guest of the same uid may end our
-        program first: so more than once. Raises BoundaryLost."""
-        for left in (2, 1, 0):
+        program first, and so may our own step that sees us gone: more than once, then. Raises BoundaryLost."""
+        for left in range(_KILL_TRIES - 1, -1, -1):
             try:
                 self.says("kill")
             except BoundaryLost:
@@ -97,9 +104,12 @@ class Pod:
                 raise ProvisionFailed("cancelled while the pod started")
         raise ProvisionFailed(f"the pod did not run within {within_s:g} s: {explained(seen)}")
 
-    def await_shut(self) -> tuple[int, float]:
-        """Until network policy is in force for this very pod -> `read_finding`. Raises BoundaryLost."""
-        return read_finding(self.says("wait", seconds=70))
+    def await_shut(self, cancelled: Cancellation) -> tuple[int, float]:
+        """Until network policy is in force for this very pod -> `read_finding`. Raises ProvisionFailed."""
+        try:
+            return read_finding(self.says("wait", seconds=_SHUT_S, stop=cancelled.is_set))
+        except BoundaryLost as error:
+            raise ProvisionFailed(f"network policy did not come into force for the pod: {error}") from error
 
     def await_end(self, *, within_s: float) -> Manifest | None:
         """Until the node says that nothing of it runs -> the pod as it is then, None when it is gone. Raises
@@ -134,6 +144,12 @@ def ended_by(pod: Manifest) -> str:
     `DeadlineExceeded`."""
     status = pod.get("status", {})
     return str(status.get("reason") or _state(pod).get("terminated", {}).get("reason", ""))
+
+
+def exit_code(pod: Manifest) -> int | None:
+    """Of the first process, as the node says; None while it runs or when nobody knows."""
+    code: int | None = _state(pod).get("terminated", {}).get("exitCode")
+    return code
 
 
 def explained(pod: Manifest) -> str:

@@ -35,6 +35,7 @@ _CANARY_VALID_S = 600.0
 _ADMISSION = frozenset({"blastdoor-pods", "blastdoor-namespaces", "blastdoor-interactive"})
 _INSTALL = "run `blastdoor cluster install`"
 _GVISOR = re.compile(rb"gvisor", re.IGNORECASE)
+_VERSIONS = {"kubelet": "kubeletVersion", "engine": "containerRuntimeVersion", "kernel": "kernelVersion"}
 _passed: dict[tuple[str, str, str, str], float] = {}
 
 
@@ -72,7 +73,6 @@ def _row(boundary: "NamespaceBoundary", variant: str) -> Capabilities:
     )
 
 
-
 def _is_ready(node: Manifest) -> bool:
     conditions = {row["type"]: row["status"] for row in node["status"].get("conditions", ())}
     return conditions.get("Ready") == "True" and not node["spec"].get("unschedulable")
@@ -81,7 +81,7 @@ def _is_ready(node: Manifest) -> bool:
 def _versions(nodes: Sequence[Manifest]) -> dict[str, str]:
     """The oldest of each on any node: a run may land there."""
     found: dict[str, str] = {}
-    for name, key in {"kubelet": "kubeletVersion", "engine": "containerRuntimeVersion", "kernel": "kernelVersion"}.items():
+    for name, key in _VERSIONS.items():
         said = [str(node["status"]["nodeInfo"][key]) for node in nodes]
         if said:
             found[name] = min(said, key=_numbers)
@@ -193,7 +193,7 @@ def _kernel(sandbox: "NamespaceSandbox", variant: str, nodes: Sequence[Manifest]
     kernels = {str(node["status"]["nodeInfo"]["kernelVersion"]).encode() for node in nodes}
     seen = any(kernel in said for kernel in kernels)
     if variant == SOFT:
-        return None if seen else "pods without a RuntimeClass do not run on the node's kernel; who knows what they run on"
+        return None if seen else "pods on the nodes' own kernel: without a RuntimeClass they see another one"
     if seen:
         return f"RuntimeClass {variant} that isolates: its pods see the node's own kernel"
     if variant == "gvisor" and not _GVISOR.search(said):
@@ -218,4 +218,3 @@ def _shell(n: int, command: str) -> StepSpec:
 
 def _step(n: int, argv: tuple[str, ...]) -> StepSpec:
     return StepSpec(n=n, argv=argv, env={"PATH": "/usr/bin:/bin"}, timeout_s=20)
-

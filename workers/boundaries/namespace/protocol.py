@@ -41,10 +41,8 @@ def step_request(step: StepSpec, limits: Limits) -> bytes | None:
     strings = b"".join(word + b"\0" for word in words)
     if len(strings) > REQUEST_BYTES or len(words) > STRINGS:
         return None
-    head = _REQUEST.pack(
-        len(strings), len(step.argv), len(step.env), len(step.stdin), limits.pids, limits.open_files, limits.disk + _PAGE
-    )
-    return head + strings
+    sizes = (len(strings), len(step.argv), len(step.env), len(step.stdin))
+    return _REQUEST.pack(*sizes, limits.pids, limits.open_files, limits.disk + _PAGE) + strings
 
 
 def incoming_directory(path: str) -> bytes:

@@ -33,6 +33,8 @@ _LOG_BYTES = 16 * 2**20
 _OVERHEAD_CPU_M, _OVERHEAD_BYTES = 500, 256 * 2**20
 """A quota also counts the RuntimeClass's overhead, of which the largest known (kata) is half of this."""
 _SOFT_PODS = 64
+_CPU_SHARED_BY = 4
+"""Time, unlike memory, can be promised more than once: a node takes so many times its processors in limits."""
 _FIRST_UID, _UIDS = 100_000, 2**31 - 200_000
 
 
@@ -106,8 +108,9 @@ def render_namespace(ref: BoundaryRef, spec: BoundarySpec) -> Sequence[Manifest]
 
 
 def render_pod(
-    ref: BoundaryRef, spec: BoundarySpec, *, image: str, words: Sequence[str], seconds: int, node_group: str | None = None
-) -> Manifest:
+    ref: BoundaryRef, spec: BoundarySpec, *, image: str, words: Sequence[str], seconds: int,
+    node_group: str | None = None,
+) -> Manifest:  # fmt: skip
     """A bare pod: trying again is ours, under a new fence. `words`: what our first process is told; `seconds`: after so
     long the node ends it, whoever is there to see it. `node_group`: the tenant's own, never shared with another
     tenant. Raises ProvisionFailed for what no pod may be."""
@@ -115,7 +118,8 @@ def render_pod(
         raise ProvisionFailed(f"no pod of variant {ref.variant!r} may live for {seconds} s")
     limits = spec.limits
     uid = _FIRST_UID + int(hashed(ref.name), 16) % _UIDS  # RLIMIT_NPROC counts by uid, over all pods of a runc node
-    resources = {"cpu": _millis(limits.cpu), "memory": str(limits.memory), "ephemeral-storage": str(_LOG_BYTES)}
+    most = {"cpu": _millis(limits.cpu), "memory": str(limits.memory), "ephemeral-storage": str(_LOG_BYTES)}
+    least = most | {"cpu": _millis(limits.cpu / _CPU_SHARED_BY)}
     pod: Manifest = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -149,7 +153,7 @@ def render_pod(
                     "command": [init_at(ref.variant), *words],
                     # No service is for the guest; its environment is made anew for each step.
                     "env": [{"name": f"KUBERNETES_SERVICE_{name}", "value": ""} for name in ("HOST", "PORT")],
-                    "resources": {"requests": dict(resources), "limits": dict(resources)},
+                    "resources": {"requests": least, "limits": most},
                     "securityContext": {
                         "privileged": False,
                         "allowPrivilegeEscalation": False,

@@ -39,9 +39,7 @@ _CHUNK = 256 * 1024
 class NamespaceSandbox:
     """Valid within its `with` block. Not for use by two threads."""
 
-    def __init__(
-        self, spec: BoundarySpec, *, pod: Pod, running: Manifest, shut: Shut, cancelled: Cancellation
-    ) -> None:
+    def __init__(self, spec: BoundarySpec, *, pod: Pod, running: Manifest, shut: Shut, cancelled: Cancellation) -> None:
         self._spec, self._pod, self._running, self._shut = spec, pod, running, shut
         self._cancelled = cancelled
         self._evidence: Evidence | None = None
@@ -51,7 +49,7 @@ class NamespaceSandbox:
         self._guest = Guest(pod, spec.limits, cancelled, wall_ends_at=float("inf"))
 
     def upload(self, bundle: Bundle) -> None:
-        """Judged as a whole on this side first. Raises ProvisionFailed when it does not fit or is not what was judged."""
+        """Judged as a whole on this side first. Raises ProvisionFailed when it does not fit, or is not what it was."""
         if self._uploaded or self._first_step_at is not None or self._collected:
             raise BoundaryError("the bundle comes once, before the first step")
         self._uploaded = True
@@ -112,7 +110,8 @@ class NamespaceSandbox:
         return found
 
     def about(self) -> bytes:
-        """What the kernel in the pod says of itself, read by our own program before any guest's. Raises BoundaryLost."""
+        """What the kernel in the pod says of itself, read by our own program before any guest's. Raises
+        BoundaryLost."""
         return self._pod.says("about", most_bytes=64 * 1024)
 
     def end(self) -> None:
