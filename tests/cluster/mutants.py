@@ -195,7 +195,7 @@ def of_the_standard(pod: Manifest, name: str) -> Manifest:
     change = json.loads(json.dumps(FIXTURES[name]).replace("initcontainer1", "init").replace("/container1", "/run"))
     changed = deepcopy(pod)
     spec = changed["spec"]
-    if inner := change.pop("initContainers", None):
+    if (inner := change.pop("initContainers", None)) is not None:
         spec["initContainers"] = [merged(deepcopy(spec["containers"][0]) | {"name": "init"}, inner)]
     elif "init" in str(change.get("metadata", "")):
         spec["initContainers"] = [deepcopy(spec["containers"][0]) | {"name": "init"}]

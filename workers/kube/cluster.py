@@ -83,8 +83,8 @@ class Cluster:
     def __init__(
         self, configuration: "Configuration", *, patience_s: float = PATIENCE_S, acting_as: str | None = None
     ) -> None:
-        if configuration.proxy or not configuration.verify_ssl:
-            raise ClusterError("a kubeconfig with proxy-url or insecure-skip-tls-verify is not taken")
+        if not configuration.verify_ssl:
+            raise ClusterError("a kubeconfig with insecure-skip-tls-verify is not taken")
         self._configuration = configuration
         self._patience_s = patience_s
         self._acting_as = {"Impersonate-User": acting_as} if acting_as else {}
@@ -104,8 +104,7 @@ class Cluster:
         """As the user of the current context, or as another whom that user may impersonate."""
         from kubernetes import client, config  # half a second, for who asks a cluster
 
-        configuration = client.Configuration()
-        configuration.proxy = None  # the environment's is for the world outside
+        configuration = client.Configuration()  # its proxy, the environment's for the world outside, is not used
         with tempfile.TemporaryDirectory(prefix="blastdoor-") as keys:  # the client writes what is inside to files
             try:
                 config.load_kube_config(
@@ -236,8 +235,11 @@ class Cluster:
         query += [("stdin", "true")] if stdin is not None else []
         query += [("command", word) for word in argv]
         where = f"{path('Pod', namespace, pod)}/exec?{urlencode(query)}"
-        with closing(self._websocket(where)) as connection:
+        connection = self._websocket(where)
+        try:
             return exec_.pump(connection, stdin=stdin or (), on_output=on_output, deadline=deadline, stop=stop)
+        finally:
+            connection.shutdown()  # type: ignore[no-untyped-call]  # `close` would wait for the other side
 
     def _websocket(self, where: str) -> websocket.WebSocket:
         server = urlsplit(self._configuration.host)
