@@ -4,8 +4,8 @@ The exit status comes on a channel of its own, which the kubelet writes; nothing
 message is a channel's number in one byte, then data. One thread, one loop, nothing in it blocks: a command that prints
 while it does not read cannot make us wait for each other.
 
-Stdin stays open when all of it was sent: its end tells the command that we have gone. What a command leaves unread of it
-(some 100 KiB fit on the way) can hold its status back until the deadline, in Kubernetes itself: it must read all.
+Stdin stays open when all of it was sent: its end tells the command that we have gone. What a command leaves unread of
+it, some 100 KiB and more, makes Kubernetes hold its status back: a command reads all that it is sent.
 """
 
 import json

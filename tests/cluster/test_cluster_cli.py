@@ -1,0 +1,142 @@
+"""`blastdoor cluster`: what it applies, what it says of a cluster that has it, and of one where something is amiss."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tests.cluster.engines import CHOICES, IMAGE_PREFIX, Ready, ready
+from tests.cluster.pods import eventually
+from workers.cluster_cli import cluster
+from workers.kube import Cluster, Manifest
+from workers.kube.install import wanted
+
+__all__ = ["ready"]
+OURS = ["--image", IMAGE_PREFIX, "--pool", ""]
+
+
+def ran(command: str, *arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(cluster, [command, *arguments])
+    return done.exit_code, done.output
+
+
+def states(kubeconfig: Path) -> tuple[int, dict[str, str]]:
+    """-> the exit status, and the state of each defence."""
+    status, said = ran("check", "--kubeconfig", str(kubeconfig), *OURS, "--json")
+    return status, {row["defence"]: row["state"] for row in json.loads(said)["defences"]}
+
+
+@pytest.fixture
+def restored(ready: Ready) -> Iterator[Callable[[str, str], Manifest]]:
+    """A function that finds one of the installed manifests; what a test does to them is undone."""
+    manifests = {(one["kind"], one["metadata"]["name"]): one for one in wanted(CHOICES)}
+    yield lambda kind, name: manifests[kind, name]
+    for manifest in manifests.values():
+        ready.admin.apply(manifest)
+    eventually(lambda: states(ready.kubeconfig)[0] == 0, lambda: str(states(ready.kubeconfig)))
+
+
+def test_a_cluster_that_was_made_ready_holds_in_every_line(ready: Ready) -> None:
+    status, found = states(ready.kubeconfig)
+    assert status == 0
+    tried = {defence for defence, state in found.items() if state == "enforced"}
+    assert set(found.values()) == {"present", "enforced"}
+    assert {"PodSecurity", "admission of pods", "quota", "exec by another", "the engine elsewhere"} <= tried
+    assert {"flow control", "priority", "rights of the engine"} <= tried
+
+
+def test_installing_says_what_it_applies_and_may_be_done_again(ready: Ready) -> None:
+    for more in ([], ["--dry-run"]):
+        status, said = ran("install", "--kubeconfig", str(ready.kubeconfig), *OURS, *more)
+        assert status == 0, said
+        assert "ValidatingAdmissionPolicy blastdoor-pods" in said.splitlines()
+    assert states(ready.kubeconfig)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "amiss"),
+    [
+        ("ValidatingAdmissionPolicyBinding", "blastdoor-pods", "admission of pods"),
+        ("ValidatingAdmissionPolicyBinding", "blastdoor-interactive", "exec by another"),
+        ("ValidatingAdmissionPolicyBinding", "blastdoor-contents", "contents by another"),
+        ("ValidatingAdmissionPolicyBinding", "blastdoor-namespaces", "our labels by another"),
+        ("ValidatingAdmissionPolicyBinding", "blastdoor-engine", "the engine elsewhere"),
+        ("FlowSchema", "blastdoor-engine", "flow control"),
+    ],
+)
+def test_what_was_taken_away_is_missing_and_what_it_did_is_no_longer_done(
+    ready: Ready, restored: object, kind: str, name: str, amiss: str
+) -> None:
+    ready.admin.delete(kind, name)
+    found = eventually(lambda: seen if (seen := states(ready.kubeconfig)[1])[amiss] == "inert" else {})
+    assert found[f"{kind} {name}"] == "missing"
+    assert states(ready.kubeconfig)[0] == 1
+
+
+def test_a_policy_that_only_warns_differs_and_is_inert(ready: Ready, restored: Callable[[str, str], Manifest]) -> None:
+    binding = restored("ValidatingAdmissionPolicyBinding", "blastdoor-pods")
+    ready.admin.apply(binding | {"spec": binding["spec"] | {"validationActions": ["Warn"]}})
+    found = eventually(lambda: seen if (seen := states(ready.kubeconfig)[1])["admission of pods"] == "inert" else {})
+    assert found["ValidatingAdmissionPolicyBinding blastdoor-pods"] == "differs"
+
+
+def test_rights_that_were_added_are_named(ready: Ready, restored: object) -> None:
+    role: dict[str, Any] = {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRole",
+        "metadata": {"name": "too-much"},
+        "rules": [{"apiGroups": [""], "resources": ["secrets"], "verbs": ["get"]}],
+    }
+    binding = {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRoleBinding",
+        "metadata": {"name": "too-much"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "too-much"},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": CHOICES.engine}],
+    }
+    ready.admin.apply(role)
+    ready.admin.apply(binding)
+    try:
+        said = eventually(
+            lambda: (
+                text
+                if "it can get secrets" in (text := ran("check", "--kubeconfig", str(ready.kubeconfig), *OURS)[1])
+                else ""
+            )
+        )
+        assert "inert" in said
+    finally:
+        ready.admin.delete("ClusterRoleBinding", "too-much")
+        ready.admin.delete("ClusterRole", "too-much")
+
+
+def test_the_kubeconfig_for_workers_is_the_engines(ready: Ready, tmp_path: Path) -> None:
+    status, said = ran("kubeconfig", "--kubeconfig", str(ready.kubeconfig), "--hours", "1")
+    assert status == 0
+    assert set(yaml.safe_load(said)["users"][0]["user"]) == {"token"}
+    (tmp_path / "engine").write_text(said)
+    review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
+    answer = Cluster.from_kubeconfig(tmp_path / "engine").raw(
+        "POST", "/apis/authentication.k8s.io/v1/selfsubjectreviews", body=review
+    )
+    assert answer.body["status"]["userInfo"]["username"] == CHOICES.engine
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--image", "registry.example/x", "--pool", ""], 2, "does not end in / or @"),
+        (["--image", "x/", "--engine", "it's"], 2, "is no name for a user"),
+        (["--image", "x/", "--pool", "sandboxes"], 2, "a pool is KEY=VALUE"),
+        (["--image", "x/", "--kubeconfig", "/no/such/file"], 3, "cannot be used as a kubeconfig"),
+    ],
+)
+def test_what_cannot_be_meant_is_said(tmp_path: Path, arguments: list[str], status: int, said: str) -> None:
+    nobody = tmp_path / "kubeconfig"
+    nobody.write_text("{}")
+    assert (found := ran("install", "--kubeconfig", str(nobody), *arguments))[0] == status
+    assert said in found[1]
