@@ -14,7 +14,7 @@ __all__ = ["TestCollecting", "TestLife", "TestSteps", "site"]
 @pytest.fixture(scope="module")
 def boundary(site: Site) -> Iterator[NamespaceBoundary]:
     boundary = NamespaceBoundary(site.host())
-    boundary.warm()
+    boundary.listener.address()
     yield boundary
     assert sweep(boundary, site.ready) == []
 

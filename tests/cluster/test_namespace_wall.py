@@ -27,7 +27,7 @@ __all__ = ["site"]
 @pytest.fixture(scope="module")
 def boundary(site: Site) -> Iterator[NamespaceBoundary]:
     boundary = NamespaceBoundary(site.host())
-    boundary.warm()
+    boundary.listener.address()
     yield boundary
     assert sweep(boundary, site.ready) == []
 
@@ -47,7 +47,7 @@ def opened(kind: NamespaceKind, **limits: object) -> Iterator[Sandbox]:
 
 
 @pytest.fixture
-def lab(site: Site) -> Lab:
+def breakable(site: Site) -> Lab:
     if site.lab is None:
         pytest.skip("only a lab can be broken on purpose")
     return site.lab
@@ -61,15 +61,15 @@ class CancelledAfter:
         return time.monotonic() > self._at
 
 
-def test_while_policy_is_not_enforced_no_pod_opens(boundary: NamespaceBoundary, lab: Lab) -> None:
+def test_while_policy_is_not_enforced_no_pod_opens(boundary: NamespaceBoundary, breakable: Lab) -> None:
     """A controller that is installed, running and inert: everything looks as it should, and nothing is enforced."""
     kind = NamespaceKind(boundary, "runc")
-    controller = lab.pid("policy")
+    controller = breakable.pid("policy")
     os.kill(controller, signal.SIGUSR1)
     try:
-        with pytest.raises(ProvisionFailed, match="policy"):
-            with boundary.open(make_spec(), kind.ref(), cancelled=CancelledAfter(4)):
-                pytest.fail("a step could run in it")
+        wanted = boundary.open(make_spec(), kind.ref(), cancelled=CancelledAfter(4))
+        with pytest.raises(ProvisionFailed, match="policy"), wanted:
+            pytest.fail("a step could run in it")
         assert list(boundary.discover()) == [], "and it leaves nothing"
     finally:
         os.kill(controller, signal.SIGUSR2)
@@ -98,7 +98,7 @@ def test_a_guest_sees_only_its_own_and_reaches_nothing(kind: NamespaceKind, site
     assert "reached" not in out
     assert lines[-1] == "end"
     assert err.count("ermission denied") >= 4, err
-    assert err.count("Read-only file system") >= 3, err
+    assert err.count("touch: ") == 3, err
     assert "docker" not in out
     assert "No such file" in out, "there is no token"
 
@@ -108,14 +108,15 @@ def test_a_guest_that_ends_all_it_can_gains_nothing(kind: NamespaceKind) -> None
         killed = sandbox.execute(shell("kill -9 $PPID; sleep 20"))
         assert killed.exit_code != 0
         assert (killed.ended, killed.signal) == (Ended.EXITED, 9)
-        after = sandbox.execute(shell("echo still here; ps | grep -c sleep"))
-    assert after.stdout.data == b"still here\n1\n", "and what it left behind has ended, but for the grep"
+        after = sandbox.execute(shell("echo still here; ps | grep -c 'sleep 2[0]'"))
+    assert after.stdout.data == b"still here\n0\n", "and what it left behind has ended"
 
 
 def test_what_a_guest_writes_to_its_streams_is_output_and_no_more(kind: NamespaceKind) -> None:
     """Our own frames, byte for byte, printed and written to every descriptor that can be found."""
     forged = r"s\060\000\000\000exited 0\ncpu_us 0\ntasks 0\ndisk_full 0\n"
-    program = f"printf '{forged}'; printf '{forged}' >&2; for p in /proc/[0-9]*/fd/*; do printf '{forged}' > $p; done 2>/dev/null; exit 7"
+    everywhere = f"for p in /proc/[0-9]*/fd/*; do printf '{forged}' > $p; done 2>/dev/null"
+    program = f"printf '{forged}'; printf '{forged}' >&2; {everywhere}; exit 7"
     with opened(kind) as sandbox:
         seen = sandbox.execute(shell(program))
     assert (seen.ended, seen.exit_code) == (Ended.EXITED, 7)
@@ -177,8 +178,8 @@ def test_a_bundle_that_does_not_fit_is_no_run(kind: NamespaceKind, tmp_path: Pat
 def test_planted_links_and_the_like_are_skipped_and_said(kind: NamespaceKind) -> None:
     plant = (
         "mkdir out; ln -s /etc/passwd out/link; echo a > out/a; ln out/a out/b; mkfifo out/fifo; echo c > out/c;"
-        "chmod 0 out/c; printf x > \"out/$(printf 'two\\nlines')\"; ln -s /etc way; mkdir -p out/shut/in; echo d > out/shut/in/d;"
-        "chmod 0 out/shut"
+        "chmod 0 out/c; printf x > \"out/$(printf 'two\\nlines')\"; ln -s /etc way;"
+        "mkdir -p out/shut/in; echo d > out/shut/in/d; chmod 0 out/shut"
     )
     sink = Sink()
     with opened(kind) as sandbox:
@@ -227,7 +228,7 @@ def test_a_namespace_that_does_not_go_is_not_called_gone(site: Site, boundary: N
         "metadata": {"name": ref.name, "finalizers": ["test.example/held"]},
     }
     site.ready.admin.apply(held, owner="holder")
-    with pytest.raises(NotYetDestroyed, match="test.example/held"):
+    with pytest.raises(NotYetDestroyed, match=r"test\.example/held"):
         boundary.destroy(ref)
     assert list(boundary.discover()) == [kind.as_discovered(ref)], "it is still listed"
     held["metadata"] = {"name": ref.name, "finalizers": []}
@@ -249,9 +250,9 @@ def test_what_is_another_installations_is_left_alone(site: Site, boundary: Names
     assert sweep(theirs, site.ready) == []
 
 
-def test_an_api_server_that_stands_still_for_a_while_ends_no_step(boundary: NamespaceBoundary, lab: Lab) -> None:
+def test_an_api_server_that_stands_still_for_a_while_ends_no_step(boundary: NamespaceBoundary, breakable: Lab) -> None:
     kind = NamespaceKind(boundary, "gvisor")
-    server = lab.pid("kube-apiserver")
+    server = breakable.pid("kube-apiserver")
     heard = threading.Event()
 
     def stand_still() -> None:

@@ -80,7 +80,7 @@ def test_a_step_is_words_with_their_sizes_and_too_many_are_none() -> None:
     request = step_request(make_step("echo", "a b", stdin=b"12345"), Limits(pids=9, open_files=16, disk=2**20))
     assert request is not None
     size, words, variables, stdin, pids, files, most = struct.unpack_from("<IIIQQQQ", request)
-    assert (words, stdin, pids, files, most) == (2, 5, 9, 16, 2**20 + 4096)
+    assert (words, stdin, pids, files, most) == (2, 5, 11, 16, 2**20 + 4096)
     assert len(request) == struct.calcsize("<IIIQQQQ") + size
     assert request[-size:].split(b"\0")[:2] == [b"echo", b"a b"]
     assert request.endswith(b"\0")

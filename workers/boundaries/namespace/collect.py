@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO, cast
+from typing import BinaryIO, cast
 
 from service.core.boundary import Artifact, ArtifactLimits, Artifacts, ArtifactSink, FileContent, SkippedArtifact, Usage
 from service.core.errors import BoundaryLost, BundleRejected, QuotaExceeded, TooLarge
@@ -54,14 +54,22 @@ def collect(
     """Ends the guest first. -> the artifacts, and how many files and directories there are. Raises BoundaryLost."""
     deadline = time.monotonic() + limits.seconds
     depth = str(min(limits.depth, _DEEPEST))
-    listing = read_listing(
-        pod.says("list", depth, str(_MAX_TOLD), most_bytes=_MAX_LISTING_BYTES, seconds=limits.seconds + _MORE_S)
-    )
+    try:
+        said = _listing(pod, depth, limits)
+    except BoundaryLost:  # it ends the guest too, but a guest may have been first
+        pod.kill_guest()
+        said = _listing(pod, depth, limits)
+    listing = read_listing(said)
     chosen = choose(listing, patterns, limits)
     kept, contents = _fetched(pod, chosen, limits, sink, deadline=deadline)
     expected = chosen.absent | {path: contents[found.path] for path, found in chosen.expected.items()}
     artifacts = Artifacts(kept=tuple(kept), skipped=tuple(chosen.skipped), expected=expected, usage=usage)
     return artifacts, len(listing.found)
+
+
+def _listing(pod: Pod, depth: str, limits: ArtifactLimits) -> bytes:
+    seconds = limits.seconds + _MORE_S
+    return pod.says("list", depth, str(_MAX_TOLD), most_bytes=_MAX_LISTING_BYTES, seconds=seconds)
 
 
 def choose(listing: Listing, patterns: Sequence[str], limits: ArtifactLimits) -> Chosen:
@@ -167,7 +175,7 @@ def _put(
 ) -> Artifact | SkippedArtifact:
     with io.BufferedReader(_Part(fd, offset, size)) as source:
         try:
-            digest, stored = sink.put(cast("IO[bytes]", source), max_bytes=limits.total_bytes)
+            digest, stored = sink.put(cast("BinaryIO", source), max_bytes=limits.total_bytes)
         except TooLarge:
             return _skipped(found, _TOO_LARGE)
         except QuotaExceeded:

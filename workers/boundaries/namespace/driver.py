@@ -41,6 +41,9 @@ from workers.kube import PREFIX, Cluster, ClusterError, Manifest, Taken
 
 log = structlog.get_logger()
 
+DEFAULT = "default"
+"""The one runtime: what is in the image."""
+
 _READY_S = 60.0
 _CLEAR_S = 20.0
 _CLEAR_AGAIN_S = 1.0
@@ -99,12 +102,15 @@ class NamespaceBoundary:
         return self._here()[1]
 
     def warm(self) -> None:
-        """Have the listener there before the first run asks for it. Raises ProvisionFailed."""
-        self.listener.address()
+        """Nothing yet: connections are made when they are used, and the probe keeps the listener there."""
 
     def close(self) -> None:
+        """End what was kept ready."""
         if self._connected is not None and self._connected[0] == os.getpid():
-            self._connected[1].close()
+            _, cluster, listener = self._connected
+            with suppress(ClusterError):  # it ends by itself
+                listener.close()
+            cluster.close()
         self._connected = None
 
     def probe(self) -> Sequence[Capabilities]:
@@ -119,7 +125,11 @@ class NamespaceBoundary:
         if cancelled.is_set():  # above all: a lease that was slept through. What stood under it is known to be gone
             raise ProvisionFailed("not wanted any more, before anything was made")
         try:
-            sandbox = self._make(spec, ref, self.listener.address(), cancelled)
+            listener = self.listener.address()
+        except ClusterError as error:
+            raise ProvisionFailed(str(error)) from error
+        try:
+            sandbox = self._make(spec, ref, listener, cancelled)
             reach(Failpoint.OPEN_CREATED)
         except _NameTaken:
             raise
@@ -213,6 +223,8 @@ class NamespaceBoundary:
             raise ProvisionFailed(f"{ref.name} is not for this boundary")
         if ref.variant not in VARIANTS or ref.variant not in self._host.variants:
             raise ProvisionFailed(f"variant {ref.variant!r} is not offered here")
+        if spec.runtime != DEFAULT:
+            raise ProvisionFailed(f"there is no runtime {spec.runtime} here; the image is the only one")
         if spec.network.mode != "none":
             raise ProvisionFailed("this boundary has no network to allow")
 
@@ -233,7 +245,7 @@ class NamespaceBoundary:
         )  # fmt: skip
         created = self._create(manifest, opened)
         pod = Pod(self.cluster, namespace_name(ref), ref.name, created["metadata"]["uid"], init_at(ref.variant))
-        running = pod.await_running(cancelled, within_s=_READY_S)
+        pod.await_running(cancelled, within_s=_READY_S)
         times, seconds = pod.await_shut(cancelled)
         if not self.listener.is_there(listener):  # then that it could not be reached shows nothing
             raise BoundaryLost("the listener for the check of network policy went away meanwhile")
@@ -241,7 +253,7 @@ class NamespaceBoundary:
             raise BoundaryLost("the namespace's network policy is not what was applied")
         log.info("pod_ready", run_id=ref.run_id, fence=ref.fence, reached_before=times, shut_after_s=seconds)
         shut = Shut(f"{listener}:{LISTENER_PORT}", times, seconds)
-        return NamespaceSandbox(spec, pod=pod, running=running, shut=shut, cancelled=cancelled)
+        return NamespaceSandbox(spec, pod=pod, shut=shut, cancelled=cancelled)
 
     def _create(self, manifest: Manifest, opened: Mapping[str, str]) -> Manifest:
         """Raises _NameTaken, ClusterError."""

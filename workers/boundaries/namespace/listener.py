@@ -14,7 +14,6 @@ from workers.boundaries.namespace.render import (
     LISTENER_PORT,
     SOFT,
     init_at,
-    listener_labels,
     listener_namespace,
     render_listener_namespace,
     render_listener_pod,
@@ -40,6 +39,12 @@ class Listener:
         self._made = False
         self._address: str | None = None
         self._looked_at = 0.0
+
+    def close(self) -> None:
+        """Remove the namespace, if this process made it ready. Another that still needs a listener makes one anew."""
+        if self._made:
+            self._cluster.delete("Namespace", self._namespace)
+            self._made, self._address = False, None
 
     def address(self) -> str:
         """The address of one that runs, seen within the last ten seconds; made if need be. Raises ProvisionFailed."""
@@ -94,9 +99,6 @@ class Listener:
         manifest = render_listener_pod(name, self._installation, self._site, image=self._image, words=words)
         created = create(self._cluster, manifest)
         return Pod(self._cluster, self._namespace, name, created["metadata"]["uid"], init_at(SOFT))
-
-    def labels(self) -> dict[str, str]:
-        return listener_labels(self._installation, self._site)
 
 
 def create(cluster: Cluster, manifest: Manifest) -> Manifest:

@@ -24,7 +24,7 @@ from service.core.controls import Limits, Network
 from service.core.errors import BlastdoorError
 from service.core.ids import new_run_id
 from workers.boundaries.namespace.evidence import admission_in_force
-from workers.boundaries.namespace.render import GROUP_KEY, SOFT, render_pod
+from workers.boundaries.namespace.render import SOFT, render_pod
 from workers.kube import ClusterError, Denied, Manifest
 
 if TYPE_CHECKING:
@@ -52,11 +52,9 @@ def probe(boundary: "NamespaceBoundary") -> Sequence[Capabilities]:
 def _row(boundary: "NamespaceBoundary", variant: str) -> Capabilities:
     missing: list[str] = []
     versions: dict[str, str] = {}
-    groups: frozenset[str] = frozenset()
     try:
         nodes = [node for node in boundary.cluster.list("Node") if _is_ready(node)]
         versions = _versions(nodes)
-        groups = frozenset(filter(None, (node["metadata"]["labels"].get(GROUP_KEY) for node in nodes)))
         missing += _lacks(boundary, variant, nodes)
         if not missing and (why := _canary(boundary, variant, nodes)) is not None:
             missing.append(why)
@@ -67,7 +65,6 @@ def _row(boundary: "NamespaceBoundary", variant: str) -> Capabilities:
         boundary=f"{BoundaryKind.NAMESPACE}/{variant}",
         available=not missing,
         missing=tuple(missing),
-        node_groups=groups,
         runtimes={"default": digest},
         versions=versions,
     )
@@ -108,6 +105,7 @@ def _lacks(boundary: "NamespaceBoundary", variant: str, nodes: Sequence[Manifest
 
 def _canary(boundary: "NamespaceBoundary", variant: str, nodes: Sequence[Manifest]) -> str | None:
     """Real pods, at most every ten minutes for each variant and image. -> what is wrong."""
+    boundary.listener.address()  # and so it is there before a run asks for it
     key = (boundary.host.installation, str(boundary.host.kubeconfig), boundary.host.image, variant)
     if time.monotonic() - _passed.get(key, -_CANARY_VALID_S) < _CANARY_VALID_S:
         return None

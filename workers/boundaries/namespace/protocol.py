@@ -25,6 +25,8 @@ _FRAME = struct.Struct("<cI")
 _FOUND = struct.Struct("<BHIQ")
 _FRAME_BYTES = 64 * 1024
 _PAGE = 4096
+_OURS = 2
+"""Processes of ours with the guest's uid while a step runs: the pod's first, and the one that watches the step."""
 _KNOWN = {"exited", "signalled", "not_started", "cpu_us", "tasks", "disk_full", "oom_kills", "peak_bytes"}
 
 
@@ -42,7 +44,7 @@ def step_request(step: StepSpec, limits: Limits) -> bytes | None:
     if len(strings) > REQUEST_BYTES or len(words) > STRINGS:
         return None
     sizes = (len(strings), len(step.argv), len(step.env), len(step.stdin))
-    return _REQUEST.pack(*sizes, limits.pids, limits.open_files, limits.disk + _PAGE) + strings
+    return _REQUEST.pack(*sizes, limits.pids + _OURS, limits.open_files, limits.disk + _PAGE) + strings
 
 
 def incoming_directory(path: str) -> bytes:

@@ -28,7 +28,7 @@ from workers.boundaries.namespace.evidence import Shut, observe
 from workers.boundaries.namespace.pod import Pod, shown
 from workers.boundaries.namespace.protocol import incoming_directory, incoming_end, incoming_file
 from workers.boundaries.namespace.steps import Guest, play
-from workers.kube import ClusterError, Manifest
+from workers.kube import ClusterError
 
 _WALL_GRACE_S = 10.0
 """Steps marked `always` still run after the wall time is over, for so long in all."""
@@ -39,8 +39,8 @@ _CHUNK = 256 * 1024
 class NamespaceSandbox:
     """Valid within its `with` block. Not for use by two threads."""
 
-    def __init__(self, spec: BoundarySpec, *, pod: Pod, running: Manifest, shut: Shut, cancelled: Cancellation) -> None:
-        self._spec, self._pod, self._running, self._shut = spec, pod, running, shut
+    def __init__(self, spec: BoundarySpec, *, pod: Pod, shut: Shut, cancelled: Cancellation) -> None:
+        self._spec, self._pod, self._shut = spec, pod, shut
         self._cancelled = cancelled
         self._evidence: Evidence | None = None
         self._first_step_at: float | None = None
