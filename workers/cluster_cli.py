@@ -5,8 +5,11 @@ They come with a kubeconfig of somebody who may do everything there; workers com
 
 import base64
 import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +18,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from service.core.boundary import BoundaryKind
 from workers.kube import Cluster, ClusterError
 from workers.kube.check import Row, State, check
 from workers.kube.install import ENGINE, MAX_S, POOL, Choices, wanted
+from workers.registry import Warmable, load
 
 cluster = typer.Typer(no_args_is_help=True, help="A Kubernetes cluster that sandboxes are made in.")
-_COLOURS = {State.ENFORCED: "green", State.PRESENT: "green", State.DIFFERS: "yellow"}
+_COLOURS = {State.ENFORCED: "green", State.PRESENT: "green", State.UNTRIED: "yellow", State.DIFFERS: "yellow"}
+_PROBED_WITHIN_S = 3600
 
 Kubeconfig = Annotated[
     Path, typer.Option(envvar="KUBECONFIG", help="Of an administrator of the cluster; one file.", show_default=False)
@@ -80,7 +86,8 @@ def check_(
 ) -> None:
     """Say which defence is present, which is enforced (tried just now, and it held), and which is missing.
 
-    Nothing runs in the cluster. What takes a running pod to see (gVisor, network policy), `blastdoor doctor` measures.
+    With an image by digest a sandbox is made under runc and one under gVisor, since only a running pod shows whose
+    kernel it has and that network policy is enforced. Without, nothing runs in the cluster.
 
     Status 0: all hold; 1: one does not; 2: bad usage; 3: the cluster cannot be asked.
     """
@@ -88,6 +95,7 @@ def check_(
     try:
         admin = Cluster.from_kubeconfig(kubeconfig)
         rows = check(admin, Cluster.from_kubeconfig(kubeconfig, acting_as=choices.engine), choices)
+        rows += _with_pods(admin, image, choices)
     except ClusterError as error:
         raise _ended(f"the cluster could not be checked: {error}") from error
     if as_json:
@@ -134,6 +142,38 @@ def engine_kubeconfig(admin: Cluster, *, seconds: int) -> dict[str, Any]:
         "contexts": [{"name": "engine", "context": {"cluster": "cluster", "user": "engine"}}],
         "current-context": "engine",
     }
+
+
+@dataclass(frozen=True)
+class _Here:
+    """A host for one probe (`service.core.boundary.Host`); the mark of what it makes is no installation's."""
+
+    kubeconfig: Path
+    kube_image: str
+    installation: str
+    site: str = "check"
+    namespace_variants: Sequence[str] = ("runc", "gvisor")
+    state_dir: Path = Path("/nonexistent")
+    runtime_dir: Path = Path("/nonexistent")
+    runsc: Path = Path("/nonexistent")
+
+
+def _with_pods(admin: Cluster, image: str, choices: Choices) -> Iterator[Row]:
+    """What the probe of the boundary finds, for which it comes as the engine."""
+    if "@sha256:" not in image or choices.engine != ENGINE:
+        yield Row("sandboxes", State.UNTRIED, "`blastdoor doctor`, as the engine and with the image, tries them")
+        return
+    with tempfile.TemporaryDirectory(prefix="blastdoor-") as folder:
+        theirs = Path(folder) / "kubeconfig"
+        theirs.write_text(json.dumps(engine_kubeconfig(admin, seconds=_PROBED_WITHIN_S)))
+        boundary = load(BoundaryKind.NAMESPACE, _Here(theirs, image, f"check{os.getpid()}"))
+        try:
+            for row in boundary.probe():
+                said = "; ".join(row.missing) or "its kernel, network policy, PodSecurity, quota: as they must be"
+                yield Row(f"sandboxes {row.boundary}", State.ENFORCED if row.available else State.INERT, said)
+        finally:
+            if isinstance(boundary, Warmable):
+                boundary.close()
 
 
 def _choices(image: str, engine: str, max_seconds: int, pool: str) -> Choices:

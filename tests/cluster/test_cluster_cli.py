@@ -1,6 +1,8 @@
 """`blastdoor cluster`: what it applies, what it says of a cluster that has it, and of one where something is amiss."""
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,13 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.cluster.engines import CHOICES, IMAGE_PREFIX, Ready, ready
+from tests.cluster.namespaces import Site, site
 from tests.cluster.pods import eventually
 from workers.cluster_cli import cluster
 from workers.kube import Cluster, Manifest
 from workers.kube.install import wanted
 
-__all__ = ["ready"]
+__all__ = ["ready", "site"]
 OURS = ["--image", IMAGE_PREFIX, "--pool", ""]
 
 
@@ -44,7 +47,8 @@ def test_a_cluster_that_was_made_ready_holds_in_every_line(ready: Ready) -> None
     status, found = states(ready.kubeconfig)
     assert status == 0
     tried = {defence for defence, state in found.items() if state == "enforced"}
-    assert set(found.values()) == {"present", "enforced"}
+    assert set(found.values()) == {"present", "enforced", "untried"}
+    assert [defence for defence, state in found.items() if state == "untried"] == ["sandboxes"]
     assert {"PodSecurity", "admission of pods", "quota", "exec by another", "the engine elsewhere"} <= tried
     assert {"flow control", "priority", "rights of the engine"} <= tried
 
@@ -82,6 +86,29 @@ def test_a_policy_that_only_warns_differs_and_is_inert(ready: Ready, restored: C
     ready.admin.apply(binding | {"spec": binding["spec"] | {"validationActions": ["Warn"]}})
     found = eventually(lambda: seen if (seen := states(ready.kubeconfig)[1])["admission of pods"] == "inert" else {})
     assert found["ValidatingAdmissionPolicyBinding blastdoor-pods"] == "differs"
+
+
+def test_a_sandbox_that_is_made_shows_its_kernel_and_that_policy_is_enforced(site: Site, restored: object) -> None:
+    """And where the controller of network policy is there but inert, that is what is said."""
+    given = ["--kubeconfig", str(site.ready.kubeconfig), "--image", site.image, "--pool", ""]
+    assert ran("install", *given)[0] == 0
+
+    def tried() -> dict[str, dict[str, str]]:
+        rows = json.loads(ran("check", *given, "--json")[1])["defences"]
+        return {row["defence"]: row for row in rows if row["defence"].startswith("sandboxes")}
+
+    found = eventually(lambda: seen if (seen := tried())["sandboxes namespace/gvisor"]["state"] == "enforced" else {})
+    assert {row["state"] for row in found.values()} == {"enforced"}
+    assert set(found) == {"sandboxes namespace/runc", "sandboxes namespace/gvisor"}
+    if site.lab is None:
+        pytest.skip("only the lab's controller can be made inert")
+    os.kill(site.lab.pid("policy"), signal.SIGUSR1)
+    try:
+        found = tried()
+    finally:
+        os.kill(site.lab.pid("policy"), signal.SIGUSR2)
+    assert {row["state"] for row in found.values()} == {"inert"}
+    assert all("policy" in row["detail"] for row in found.values())
 
 
 def test_rights_that_were_added_are_named(ready: Ready, restored: object) -> None:

@@ -96,12 +96,20 @@ class Handler(BaseHTTPRequestHandler):
         return (200, objects[path]) if path in objects else (404, {"reason": "NotFound", "message": "not found"})
 
 
-def refuses(status: int, **headers: str) -> Fault:
+def says_nonsense(handler: Handler, done: bool) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "4")
+    handler.end_headers()
+    handler.wfile.write(b"<ht>")
+    raise _Cut
+
+
+def refuses(status: int, *, reason: str = "Broken", **headers: str) -> Fault:
     """Answers at once, and does nothing."""
 
     def fault(handler: Handler, done: bool) -> None:
         if not done:
-            handler.answer(status, {"reason": "Broken", "message": "not now"}, **headers)
+            handler.answer(status, {"reason": reason, "message": "not now"}, **headers)
             raise _Cut
 
     return fault
@@ -174,6 +182,18 @@ def test_a_pod_of_an_older_fence_is_not_taken_for_ours(server: Server, cluster: 
     cluster.create(POD)
     with pytest.raises(Taken):
         cluster.create(POD, ours={"run": "1", "fence": "2"})
+
+
+def test_two_that_are_counted_against_a_quota_at_once_are_both_made(server: Server, cluster: Cluster) -> None:
+    server.faults.append(("POST", refuses(409, reason="Conflict")))
+    cluster.create(POD, ours=POD["metadata"]["labels"])
+    assert list(server.objects) == [f"{PATH}/run"]
+
+
+def test_an_answer_that_is_no_json_is_an_error(server: Server, cluster: Cluster) -> None:
+    server.faults.append(("GET", says_nonsense))
+    with pytest.raises(ClusterError, match="no JSON"):
+        cluster.get("Pod", "run", "bd")
 
 
 def test_what_is_in_our_way_and_gone_when_we_look_is_an_error_and_no_object(server: Server, cluster: Cluster) -> None:

@@ -4,8 +4,7 @@ Each is tried, with a request that must be refused; beside them stands one that 
 refuses everything would show nothing.
 
 Nothing runs: pods are sent as dry runs into one namespace of this check's own, which is deleted at its end. What only a
-running pod can show (that `gvisor` is gVisor, that network policy is enforced) the probe of the boundary shows:
-`blastdoor doctor`.
+running pod can show (that `gvisor` is gVisor, that network policy is enforced) the probe of the boundary shows.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +24,8 @@ from workers.kube.rights import FORBIDDEN, allowed, shown
 
 class State(StrEnum):
     ENFORCED = "enforced"  # tried, and it held
-    PRESENT = "present"  # as we would have it; nothing here tries it
+    PRESENT = "present"  # as we would have it; nothing tries it by itself
+    UNTRIED = "untried"  # nobody was asked to
     DIFFERS = "differs"
     MISSING = "missing"
     INERT = "inert"  # tried, and it did not hold
@@ -39,7 +39,7 @@ class Row:
 
     @property
     def holds(self) -> bool:
-        return self.state in {State.ENFORCED, State.PRESENT}
+        return self.state in {State.ENFORCED, State.PRESENT, State.UNTRIED}
 
 
 def check(admin: Cluster, engine: Cluster, choices: Choices) -> list[Row]:

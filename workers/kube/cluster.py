@@ -39,6 +39,10 @@ PATIENCE_S = 45.0
 """An API server that is away for half a minute ends no run."""
 _PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _OK, _NOT_FOUND, _CONFLICT, _TOO_MANY, _SERVER = range(200, 300), 404, 409, 429, 500
+_QUOTA_IN_USE = "Conflict"
+"""The reason of a 409 for something new: not that it is there, but that two were counted against a quota at once."""
+_SILENT_S = 30.0
+"""A watch that is silent for longer is begun anew: nobody says that a connection is dead."""
 _JSON, _APPLY = "application/json", "application/apply-patch+yaml"
 
 _PATHS = {  # kind -> (apiVersion, plural, in a namespace)
@@ -77,7 +81,8 @@ class Answer:
 class Cluster:
     """A connection to one API server. Make one in each process: connections do not survive a fork.
 
-    Every method raises ClusterError or one of its kinds (`Denied`, `Taken`, `Unreachable`), and no other error.
+    What the API server answers, and what happens on the way to it, is raised as ClusterError or one of its kinds:
+    `Denied`, `Taken`, `Unreachable`.
     """
 
     def __init__(
@@ -134,13 +139,18 @@ class Cluster:
         else Taken."""
         folder, _, name = _path_of(manifest).rpartition("/")
         query = {"fieldManager": OWNER} | _dry(dry_run)
-        try:
-            return self._ask("POST", folder, query=query, body=manifest).body
-        except Taken:
-            found = self._get(f"{folder}/{name}")
-            if found is None or not ours or not ours.items() <= (found["metadata"].get("labels") or {}).items():
-                raise
-            return found
+        give_up = time.monotonic() + self._patience_s
+        while True:
+            try:
+                return self._ask("POST", folder, query=query, body=manifest).body
+            except Taken as error:
+                found = self._get(f"{folder}/{name}")
+                if found is None and error.reason == _QUOTA_IN_USE and time.monotonic() < give_up:
+                    time.sleep(_PAUSE_S)
+                    continue
+                if found is None or not ours or not ours.items() <= (found["metadata"].get("labels") or {}).items():
+                    raise
+                return found
 
     def get(self, kind: str, name: str, namespace: str | None = None) -> Manifest | None:
         """None when it is not there."""
@@ -197,6 +207,7 @@ class Cluster:
                 yield what, found
             if time.monotonic() >= deadline:
                 return
+            time.sleep(_PAUSE_S)
             listed = self._ask("GET", path(kind, namespace), query=chosen).body["items"]
             there = {item["metadata"]["uid"] for item in listed}
             for gone in known.keys() - there:
@@ -208,7 +219,7 @@ class Cluster:
         if left <= 0:
             return
         query = {**chosen, "watch": "true", "timeoutSeconds": str(max(1, round(left)))}
-        response = self._connected("GET", where, query=query, read_s=left)
+        response = self._connected("GET", where, query=query, read_s=min(left, _SILENT_S))
         with closing(response), suppress(HTTPError, OSError):  # then the caller looks again
             for line in _lines(response):
                 event = json.loads(line)
@@ -291,8 +302,10 @@ class Cluster:
         content: str = _JSON,
     ) -> Answer:
         response = self._connected(method, where, query=query, body=body, content=content)
-        with closing(response):
+        try:
             return Answer(json.loads(response.data or b"{}"), dict(response.headers))
+        except ValueError as error:
+            raise ClusterError(f"{method} {where}: no JSON was answered", status=response.status) from error
 
     def _connected(
         self,
@@ -325,7 +338,7 @@ class Cluster:
                 error.__cause__ = failure
             if not isinstance(error, Unreachable) or time.monotonic() + pause > give_up:
                 raise error
-            time.sleep(min(float(after), _LONGEST_PAUSE_S) if after.isdigit() else pause)
+            time.sleep(min(max(float(after), pause), _LONGEST_PAUSE_S) if after.isdigit() else pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def _authorization(self) -> dict[str, str]:
