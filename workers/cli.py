@@ -184,6 +184,8 @@ def cleanup_local(
     apply: Annotated[bool, typer.Option("--apply")] = False,
     force: Annotated[bool, typer.Option("--force")] = False,
     as_json: Json = False,
+    kubeconfig: Kubeconfig = None,
+    kube_image: KubeImage = "",
 ) -> None:
     """`blastdoor admin cleanup --local`: of this host, by the labels on it, while the API is down. Needs root.
 
@@ -200,7 +202,7 @@ def cleanup_local(
     try:
         local = open_local(
             state_dir=state_dir, runtime_dir=runtime_dir, runsc=runsc, site=socket.gethostname(), database_url=database,
-            installation=installation,
+            installation=installation, kubeconfig=kubeconfig, kube_image=kube_image,
         )  # fmt: skip
     except NoInstallation as error:
         typer.echo(f"blastdoor: {error}", err=True)
@@ -240,6 +242,8 @@ def _show_lines(
 
 
 def _no_driver(kind: BoundaryKind) -> str:
+    if kind in DRIVERS:
+        return "this host does not offer it (BLASTDOOR_NAMESPACE_VARIANTS says what a worker offers)"
     return f"this version has no driver for {kind}"
 
 

@@ -138,7 +138,15 @@ class LocalCleanup:
 
 
 def open_local(
-    *, state_dir: Path, runtime_dir: Path, runsc: Path, site: str, database_url: str, installation: str | None
+    *,
+    state_dir: Path,
+    runtime_dir: Path,
+    runsc: Path,
+    site: str,
+    database_url: str,
+    installation: str | None,
+    kubeconfig: Path | None = None,
+    kube_image: str = "",
 ) -> LocalCleanup:
     """`installation`: which one, should the database not say it. Raises NoInstallation."""
     store, why = _reach(database_url, state_dir)
@@ -147,7 +155,10 @@ def open_local(
         here = sorted(path.name for path in runtime_dir.glob("*/") if any(path.glob("bd-*")))
         found = ", ".join(here) or "nothing"
         raise NoInstallation(f"{why}; say which installation with --installation; {runtime_dir} has: {found}")
-    host = Here(state_dir=state_dir, runtime_dir=runtime_dir, runsc=runsc, installation=known, site=site)
+    host = Here(
+        state_dir=state_dir, runtime_dir=runtime_dir, runsc=runsc, installation=known, site=site,
+        kubeconfig=kubeconfig, kube_image=kube_image,
+    )  # fmt: skip
     return LocalCleanup(store, why, {kind: load(kind, host) for kind in DRIVERS}, known)
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from service.core import failpoints
 from service.core.boundary import Boundary, BoundaryKind, BoundaryRef
 from service.core.errors import BoundaryError
+from service.core.failpoints import Failpoint
 from tests.cluster.engines import Ready, make_ready
 from tests.cluster.lab.components import Place
 from tests.cluster.lab.outside import Lab
@@ -29,6 +31,7 @@ from workers.kube import ClusterError
 
 GIVEN_IMAGE = "BLASTDOOR_KUBE_IMAGE_FOR_TESTS"
 """For a cluster that is given: the name by digest of an image of ours that its nodes can have."""
+DIED = 86
 _ALONE = "for p in /proc/[0-9]*; do echo ${p#/proc/}; done; echo $$"
 
 
@@ -114,12 +117,22 @@ class NamespaceKind(Shelled):
     def another_process(self) -> Boundary:
         return NamespaceBoundary(self.boundary.host)
 
+    def worker_dies_at(self, point: Failpoint, ref: BoundaryRef) -> None:
+        """A real process: it ends itself where it reaches the point, as kill -9 would."""
+        worker = subprocess.run(
+            [sys.executable, "-m", "tests.cluster.namespaces", *self._arguments(ref), point],
+            cwd=Path(__file__).parents[2], check=False, timeout=90,
+        )  # fmt: skip
+        assert worker.returncode == DIED, f"it did not reach {point}"
+
+    def _arguments(self, ref: BoundaryRef) -> list[str]:
+        host = self.boundary.host
+        return [self.installation, str(host.kubeconfig), host.image, self.variant, ref.model_dump_json()]
+
     def worker_killed_in(self, ref: BoundaryRef) -> None:
         """A real process: it opens the pod, plays a step that does not end, and is killed in it."""
-        host = self.boundary.host
-        arguments = [self.installation, str(host.kubeconfig), host.image, self.variant, ref.model_dump_json()]
         worker = subprocess.Popen(
-            [sys.executable, "-m", "tests.cluster.namespaces", *arguments],
+            [sys.executable, "-m", "tests.cluster.namespaces", *self._arguments(ref)],
             stdout=subprocess.PIPE, cwd=Path(__file__).parents[2],
         )  # fmt: skip
         assert worker.stdout is not None
@@ -146,8 +159,9 @@ class NamespaceKind(Shelled):
 
 
 def _be_a_worker() -> None:
-    """The process that `worker_killed_in` kills."""
-    installation, kubeconfig, image, variant, ref = sys.argv[1:]
+    """The process that dies."""
+    installation, kubeconfig, image, variant, ref, *points = sys.argv[1:]
+    failpoints.install(lambda reached: os._exit(DIED) if reached in points else None)
     host = NamespaceHost(
         installation=installation, site="here", kubeconfig=Path(kubeconfig), image=image, variants=(variant,)
     )

@@ -15,6 +15,7 @@ import pytest
 
 from service.core.boundary import Bundle, Ended, Limit, Sandbox
 from service.core.errors import NotYetDestroyed, ProvisionFailed
+from service.core.failpoints import Failpoint
 from tests.cluster.lab.outside import Lab
 from tests.cluster.namespaces import NamespaceKind, Site, site, sweep
 from tests.sandboxes import MIB, Never, Sink, artifact_limits, make_spec, shell
@@ -288,3 +289,34 @@ def test_a_pod_that_somebody_deletes_is_lost_and_nobody_says_passed(site: Site, 
         assert (ended.ended, ended.exit_code, ended.sandbox_alive) == (Ended.LOST, None, False)
         found = sandbox.collect(["**"], limits=artifact_limits(expected=("x",)), sink=Sink())
     assert (found.kept, found.expected["x"].absent_why) == ((), "absent")
+
+
+@pytest.mark.parametrize("point", [Failpoint.OPEN_BEFORE_CREATE, Failpoint.OPEN_HALF_CREATED, Failpoint.OPEN_CREATED])
+def test_a_worker_that_dies_while_it_opens_leaves_nothing_that_is_not_found(
+    kind: NamespaceKind, site: Site, point: Failpoint
+) -> None:
+    ref = kind.ref()
+    kind.worker_dies_at(point, ref)
+    found = list(kind.boundary.discover())
+    if point is Failpoint.OPEN_BEFORE_CREATE or (point is Failpoint.OPEN_HALF_CREATED and kind.variant == "runc"):
+        assert found == [], "of a soft run there is nothing before its pod: the namespace is its tenant's"
+    else:
+        assert found == [kind.as_discovered(ref)]
+        kind.another_process().destroy(found[0])  # as the reaper does, with what the labels say
+    labels = {"blastdoor.dev/run": ref.run_id}
+    assert [one for what in ("Namespace", "Pod") for one in site.ready.admin.list(what, labels=labels)] == []
+
+
+def test_runs_of_one_tenant_share_a_namespace_and_each_ends_alone(boundary: NamespaceBoundary, site: Site) -> None:
+    kind = NamespaceKind(boundary, "runc")
+    one, other = kind.ref(), kind.ref()
+    assert namespace_name(one) == namespace_name(other)
+    with (
+        boundary.open(make_spec(), one, cancelled=Never()),
+        boundary.open(make_spec(), other, cancelled=Never()) as sandbox,
+    ):
+        boundary.destroy(one)
+        assert sandbox.execute(shell("exit 4")).exit_code == 4
+    assert list(boundary.discover()) == [kind.as_discovered(other)]
+    boundary.destroy(other)
+    assert site.ready.admin.get("Namespace", namespace_name(one)) is not None, "it is kept for the tenant's next run"

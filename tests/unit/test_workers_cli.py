@@ -11,7 +11,7 @@ import pytest
 import structlog
 from typer.testing import CliRunner
 
-from service.core.boundary import Capabilities, Host
+from service.core.boundary import BoundaryKind, Capabilities, Host
 from service.core.placement import OFFERS
 from tests.factories import make_capabilities
 from tests.summary import ran
@@ -40,7 +40,8 @@ class Measured:
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("BLASTDOOR_STATE_DIR", "BLASTDOOR_RUNTIME_DIR", "BLASTDOOR_RUNSC"):
+    for name in ("STATE_DIR", "RUNTIME_DIR", "RUNSC", "KUBECONFIG", "KUBE_IMAGE"):
+        name = f"BLASTDOOR_{name}"
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     before = structlog.get_config()
@@ -64,6 +65,7 @@ def rows(printed: str) -> dict[str, dict[str, Any]]:
 def pretend(monkeypatch: pytest.MonkeyPatch, *measured: Capabilities) -> Measured:
     driver = Measured(*measured)
     monkeypatch.setattr("workers.cli.load", driver)
+    monkeypatch.setattr("workers.cli.DRIVERS", {BoundaryKind.GVISOR: "this one"})
     return driver
 
 

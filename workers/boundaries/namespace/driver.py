@@ -207,8 +207,8 @@ class NamespaceBoundary:
         raise NotYetDestroyed(f"{kind} {ref.name}: {_held_by(found)}")
 
     def _here(self) -> tuple[Cluster, Listener]:
-        if self._host.kubeconfig is None or not self._host.image:
-            raise ClusterError("no cluster is configured: BLASTDOOR_KUBECONFIG and BLASTDOOR_KUBE_IMAGE name one")
+        if self._host.kubeconfig is None:
+            raise ClusterError("no cluster is configured: BLASTDOOR_KUBECONFIG names one")
         if self._connected is None or self._connected[0] != os.getpid():
             cluster = Cluster.from_kubeconfig(self._host.kubeconfig)
             listener = Listener(
@@ -223,6 +223,8 @@ class NamespaceBoundary:
             raise ProvisionFailed(f"{ref.name} is not for this boundary")
         if ref.variant not in VARIANTS or ref.variant not in self._host.variants:
             raise ProvisionFailed(f"variant {ref.variant!r} is not offered here")
+        if not self._host.image:
+            raise ProvisionFailed("no image is configured: BLASTDOOR_KUBE_IMAGE names one")
         if spec.runtime != DEFAULT:
             raise ProvisionFailed(f"there is no runtime {spec.runtime} here; the image is the only one")
         if spec.network.mode != "none":

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _CANARY_VALID_S = 600.0
 _ADMISSION = frozenset({"blastdoor-pods", "blastdoor-namespaces", "blastdoor-interactive"})
 _INSTALL = "run `blastdoor cluster install`"
+_NO_CLUSTER = "a cluster: BLASTDOOR_KUBECONFIG and BLASTDOOR_KUBE_IMAGE name one"
 _GVISOR = re.compile(rb"gvisor", re.IGNORECASE)
 _VERSIONS = {"kubelet": "kubeletVersion", "engine": "containerRuntimeVersion", "kernel": "kernelVersion"}
 _passed: dict[tuple[str, str, str, str], float] = {}
@@ -52,6 +53,8 @@ def probe(boundary: "NamespaceBoundary") -> Sequence[Capabilities]:
 def _row(boundary: "NamespaceBoundary", variant: str) -> Capabilities:
     missing: list[str] = []
     versions: dict[str, str] = {}
+    if boundary.host.kubeconfig is None or not boundary.host.image:
+        return Capabilities(boundary=f"{BoundaryKind.NAMESPACE}/{variant}", available=False, missing=(_NO_CLUSTER,))
     try:
         nodes = [node for node in boundary.cluster.list("Node") if _is_ready(node)]
         versions = _versions(nodes)
