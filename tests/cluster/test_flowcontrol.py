@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster.engines import CHOICES, Ready, ready
 from tests.cluster.lab.client import connect
-from tests.cluster.pods import eventually
+from tests.cluster.pods import WITHIN_S, eventually
 from workers.kube import Cluster, Manifest, Unreachable
 from workers.kube.install import wanted
 
@@ -104,8 +104,11 @@ def test_an_engine_that_asks_too_much_is_sent_away_and_its_neighbour_is_not(read
 def test_an_engine_that_was_sent_away_goes_on_when_there_is_room(ready: Ready, narrow: None) -> None:
     """With patience, which a worker has, nothing is lost by it."""
     patient = Cluster.from_kubeconfig(ready.engine_kubeconfig)
+    found: list[Manifest] = []
+    asking = threading.Thread(target=lambda: found.extend(patient.list("Node")))
     with flood(lambda: Cluster.from_kubeconfig(ready.engine_kubeconfig, patience_s=0)) as history:
         eventually(lambda: "sent away" in history)
-        found: list[Manifest] = patient.list("Node")
+        asking.start()
+    asking.join(WITHIN_S)
     assert found
     patient.close()

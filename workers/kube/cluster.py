@@ -10,6 +10,7 @@ import json
 import socket
 import ssl
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -44,6 +45,8 @@ _QUOTA_IN_USE = "Conflict"
 _SILENT_S = 30.0
 """A watch that is silent for longer is begun anew: nobody says that a connection is dead."""
 _JSON, _APPLY = "application/json", "application/apply-patch+yaml"
+
+_loading = threading.Lock()
 
 _PATHS = {  # kind -> (apiVersion, plural, in a namespace)
     "ClusterRole": ("rbac.authorization.k8s.io/v1", "clusterroles", False),
@@ -110,7 +113,8 @@ class Cluster:
         from kubernetes import client, config  # half a second, for who asks a cluster
 
         configuration = client.Configuration()  # its proxy, the environment's for the world outside, is not used
-        with tempfile.TemporaryDirectory(prefix="blastdoor-") as keys:  # the client writes what is inside to files
+        # The client writes what is inside to files, and remembers them for all of its process.
+        with _loading, tempfile.TemporaryDirectory(prefix="blastdoor-") as keys:
             try:
                 config.load_kube_config(
                     str(path), client_configuration=configuration, persist_config=False, temp_file_path=keys
