@@ -210,7 +210,7 @@ prepare_environment() {
         install_dependencies
         echo "$locked" >"$VENV/.locked"
     fi
-    package=$(pwd; sha256sum pyproject.toml hatch_build.py workers/boundaries/gvisor/init.c 2>/dev/null || true)
+    package=$(pwd; sha256sum pyproject.toml hatch_build.py workers/boundaries/*/init.c workers/boundaries/*/inside/*.h 2>/dev/null || true)
     if [ "$package" != "$(cat "$VENV/.package" 2>/dev/null)" ] || ! sandbox_init_is_built; then
         install_package
         echo "$package" >"$VENV/.package"
@@ -218,7 +218,10 @@ prepare_environment() {
 }
 
 sandbox_init_is_built() {
-    [ ! -e workers/boundaries/gvisor/init.c ] || [ -x workers/boundaries/gvisor/init ]
+    local source
+    for source in workers/boundaries/*/init.c; do
+        [ ! -e "$source" ] || [ -x "${source%.c}" ] || return 1
+    done
 }
 
 install_dependencies() {
