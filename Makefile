@@ -15,9 +15,9 @@ demo: root ## Start everything on this machine, run four scenarios and an applic
 	@scripts/setup.sh
 	@$(PYTHON) examples/demo.py $(ARGS)
 
-test: root ## Run every test, in real sandboxes; ARGS="-k words" chooses some
+test: root ## Run every test, two files at a time, in real sandboxes; ARGS="-k words" chooses some
 	@scripts/setup.sh
-	@$(PYTHON) -m pytest $(ARGS)
+	@$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: ## Formatting, lint, types, import contracts, .env.example
 	@scripts/setup.sh --development

@@ -9,7 +9,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -130,7 +129,7 @@ class Stack:
         return boundary_name(run_id, 1).removesuffix("1")
 
     def group(self, run_id: str, fence: int = 1) -> Group:
-        places = Places(runtime_dir=self.runtime_dir, installation=self.installation, site=socket.gethostname())
+        places = Places(runtime_dir=self.runtime_dir, installation=self.installation, site=self.token)
         return CgroupTree.detect().group(places.group_name(boundary_name(run_id, fence)))
 
     def sentry(self, run_id: str) -> int:

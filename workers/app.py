@@ -31,7 +31,8 @@ from service.core.boundary import Boundary, BoundaryKind, Capabilities
 from service.core.custody import ReaperStore
 from service.core.errors import BlastdoorError, Unavailable
 from service.core.ids import new_id
-from service.core.ports import RunLine, WorkerRecord
+from service.core.ports.runs import RunLine
+from service.core.ports.tenants import WorkerRecord
 from service.logs import configure, own_the_streams, say_unknown
 from service.metrics import Address, new_registry, serve_if_asked
 from service.settings import Settings, unknown_names

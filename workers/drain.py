@@ -7,7 +7,7 @@ import structlog
 from celery import bootsteps
 
 from service.core.errors import Unavailable
-from service.core.ports import Doorbell
+from service.core.ports.publishing import Doorbell
 
 log = structlog.get_logger()
 

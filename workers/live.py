@@ -31,7 +31,8 @@ from service.core.news import (
     render_output,
     render_progress,
 )
-from service.core.ports import Hints, RunLine
+from service.core.ports.publishing import Hints
+from service.core.ports.runs import RunLine
 
 MAX_UNTOLD_BYTES = 2**20
 """Of output that waits to be told: the database may be away."""

@@ -29,7 +29,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from service.core.lease import LeaseView
-from service.core.ports import Claim, RunLine
+from service.core.ports.runs import Claim, RunLine
 from service.core.run import Outcome, Phase, Reason, Result, Verdict
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)

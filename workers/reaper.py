@@ -28,7 +28,7 @@ from service.core.custody import ReaperStore
 from service.core.errors import BlastdoorError, NotYetDestroyed
 from service.core.failpoints import Failpoint, reach
 from service.core.lease import LeaseView
-from service.core.ports import Hints
+from service.core.ports.publishing import Hints
 
 QUARANTINE_AFTER = timedelta(seconds=30)
 SITE_SILENT = timedelta(minutes=5)

@@ -10,7 +10,8 @@ import structlog
 
 from service.core.errors import Unavailable
 from service.core.lease import LeaseView, Recover, Recovery, recover
-from service.core.ports import Doorbell, Hints, RunLine
+from service.core.ports.publishing import Doorbell, Hints
+from service.core.ports.runs import RunLine
 
 log = structlog.get_logger()
 

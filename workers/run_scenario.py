@@ -38,7 +38,9 @@ from service.core.errors import (
 from service.core.failpoints import Failpoint, reach
 from service.core.lease import cancelled as cancelled_verdict
 from service.core.news import News
-from service.core.ports import Blobs, Claim, Doorbell, Hints, RunLine
+from service.core.ports.blobs import Blobs
+from service.core.ports.publishing import Doorbell, Hints
+from service.core.ports.runs import Claim, RunLine
 from service.core.run import Outcome, Reason, Result, Run, Verdict, output_name
 from service.core.scenario import Step
 from service.core.verdict import JudgedStep, judge_files, judge_run, judge_step, skipped

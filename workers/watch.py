@@ -10,7 +10,7 @@ from types import TracebackType
 import structlog
 
 from service.core.errors import BlastdoorError, LeaseLost
-from service.core.ports import Heartbeat, RunLine
+from service.core.ports.runs import Heartbeat, RunLine
 
 log = structlog.get_logger()
 

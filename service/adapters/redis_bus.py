@@ -20,7 +20,7 @@ from redis.retry import Retry
 
 from service.core.errors import Conflict, Unavailable
 from service.core.events import STREAM
-from service.core.ports import OutboxRow
+from service.core.ports.publishing import OutboxRow
 from service.core.readers import Reader, StreamState
 
 MAX_LENGTH = 100_000

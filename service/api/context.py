@@ -18,7 +18,10 @@ from service.api.readiness import Readiness
 from service.api.slots import UploadSlots
 from service.core.custody import Custody, Leftovers
 from service.core.placement import Policy
-from service.core.ports import Blobs, Doorbell, Hints, NewsStore, Retention, TenantStore, WorkerStore
+from service.core.ports.blobs import Blobs
+from service.core.ports.publishing import Doorbell, Hints
+from service.core.ports.runs import NewsStore, Retention
+from service.core.ports.tenants import TenantStore, WorkerStore
 from service.core.webhooks.addresses import Address
 from service.core.webhooks.ports import Resolver, SecretBox, WebhookStore
 from service.core.webhooks.urls import Pairs

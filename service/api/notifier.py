@@ -14,7 +14,7 @@ import structlog
 
 from service.core.errors import BlastdoorError
 from service.core.news import Mark, Newest
-from service.core.ports import Hints
+from service.core.ports.publishing import Hints
 
 POLL_S = 0.25
 TOPICS = ("run", "outbox", "news")

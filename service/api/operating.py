@@ -9,7 +9,7 @@ from service.core.boundary import BoundaryKind
 from service.core.cleanup import ActionKind, BoundaryState, CleanupPlan, InventoryRow, PlannedAction, Scope
 from service.core.custody import AuditEntry
 from service.core.errors import DocumentInvalid
-from service.core.ports import WorkerRecord
+from service.core.ports.tenants import WorkerRecord
 
 _Word = Annotated[StrictStr, Field(min_length=1, max_length=255)]
 _TEN_YEARS_S = 10 * 366 * 86400.0

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
 from service.core.boundary import Guarantees
 from service.core.events import EventType
-from service.core.ports import Service
+from service.core.ports.tenants import Service
 from service.core.run import Run
 from service.core.tenancy import Ceilings, NodeGroup, Quota, Tenant, TenantName, Trust
 from service.core.webhooks.models import Attempt, DeadLetter, Endpoint

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from service.core.boundary import BoundaryKind
 from service.core.cleanup import CleanupPlan, InventoryRow, Observed, Order, PlannedAction, SiteRecord
 from service.core.lease import LeaseView
-from service.core.ports import RunLine
+from service.core.ports.runs import RunLine
 
 
 class Inventory(Protocol):

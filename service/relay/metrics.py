@@ -7,7 +7,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from prometheus_client.core import GaugeMetricFamily
 
 from service.core.errors import BlastdoorError
-from service.core.ports import OutboxRow, Standings, WorkerStore
+from service.core.ports.publishing import OutboxRow, Standings
+from service.core.ports.tenants import WorkerStore
 
 _TYPE_PREFIX = "dev.blastdoor."
 _SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)

@@ -19,7 +19,7 @@ import structlog
 
 from service.core.errors import BlastdoorError, Conflict, Unavailable
 from service.core.failpoints import Failpoint, reach
-from service.core.ports import Bus, Hints, Outbox, OutboxRow
+from service.core.ports.publishing import Bus, Hints, Outbox, OutboxRow
 from service.relay.metrics import RelayMetrics
 from service.relay.trimming import Trimming
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import structlog
 
-from service.core.ports import Bus, Outbox
+from service.core.ports.publishing import Bus, Outbox
 from service.core.readers import Reader, Span, StreamState, counted, has_caught_up, merged, trim_below, unread_below
 from service.relay.metrics import RelayMetrics
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import structlog
 
 from service.core.errors import BlastdoorError, NotFound, Refused
-from service.core.ports import Blobs
+from service.core.ports.blobs import Blobs
 
 _STRIPES = 64
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from service.core.canary import CANARY_TENANT, SCENARIO, due
 from service.core.errors import Conflict
-from service.core.ports import Canaries
+from service.core.ports.tenants import Canaries
 from service.core.tenancy import Quota, Tenant
 from service.intake.multipart import Upload
 from service.usecases.submit import Submitting, submit

@@ -5,7 +5,8 @@ from typing import Literal
 import structlog
 
 from service.core.errors import BlastdoorError
-from service.core.ports import Hints, RunStore
+from service.core.ports.publishing import Hints
+from service.core.ports.runs import RunStore
 from service.core.run import Run
 from service.usecases.bundles import Bundles
 from service.usecases.fetch import checked_run_id

@@ -8,7 +8,7 @@ from typing import Any
 from service.core.boundary import Capabilities, Guarantees
 from service.core.controls import PLATFORM_CEILINGS, Controls, Limits, apply
 from service.core.placement import OFFERS, measured
-from service.core.ports import TenantStore, WorkerStore
+from service.core.ports.tenants import TenantStore, WorkerStore
 from service.core.tenancy import Quota, Tenant
 
 

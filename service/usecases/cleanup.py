@@ -14,7 +14,8 @@ from service.core.cleanup import (
 )
 from service.core.custody import Custody
 from service.core.errors import Conflict, DocumentInvalid, NotFound
-from service.core.ports import Hints, RunStore
+from service.core.ports.publishing import Hints
+from service.core.ports.runs import RunStore
 from service.usecases.audit import audited
 from service.usecases.cancel import cancel_run
 

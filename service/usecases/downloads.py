@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
 from service.core.errors import NotFound
-from service.core.ports import Blobs, Kept, RunStore
+from service.core.ports.blobs import Blobs
+from service.core.ports.runs import Kept, RunStore
 from service.core.run import output_name
 from service.usecases.fetch import checked_run_id
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 from service.core.errors import Conflict, DocumentInvalid, NotFound
 from service.core.ids import RUN_ID_PATTERN
 from service.core.junit import render_junit
-from service.core.ports import RunStore
+from service.core.ports.runs import RunStore
 from service.core.run import Outcome, Phase, Run
 from service.core.waiting import explained
 

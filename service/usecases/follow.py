@@ -13,7 +13,7 @@ from service.core.news import (
     render_phase,
     render_told_phase,
 )
-from service.core.ports import NewsStore
+from service.core.ports.runs import NewsStore
 from service.core.run import Phase
 from service.core.waiting import explained
 from service.usecases.fetch import checked_run_id

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from service.core.errors import Unauthenticated
 from service.core.ids import new_id
-from service.core.ports import KeyRecord, TenantStore
+from service.core.ports.tenants import KeyRecord, TenantStore
 from service.core.tenancy import KeyKind, Principal
 
 PREFIXES = {KeyKind.TENANT: "bd_t_", KeyKind.SERVICE: "bd_s_", KeyKind.OPERATOR: "bd_a_"}

@@ -9,7 +9,7 @@ import structlog
 
 from service.core.custody import Leftovers
 from service.core.errors import BlastdoorError
-from service.core.ports import Blobs
+from service.core.ports.blobs import Blobs
 
 log = structlog.get_logger()
 

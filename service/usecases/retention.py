@@ -17,7 +17,8 @@ from datetime import timedelta
 import structlog
 
 from service.core.errors import BlastdoorError, NotFound
-from service.core.ports import Blobs, Expired, Retention
+from service.core.ports.blobs import Blobs
+from service.core.ports.runs import Expired, Retention
 
 KEEP_RUNS = timedelta(days=30)
 KEEP_BLOBS = timedelta(days=7)

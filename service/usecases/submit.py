@@ -17,7 +17,9 @@ from service.core.errors import BundleRejected, DocumentInvalid, IdempotencyMism
 from service.core.failpoints import Failpoint, reach
 from service.core.ids import new_run_id
 from service.core.placement import Policy, choose
-from service.core.ports import Doorbell, Hints, IdempotencyClaim, RunStore, TenantStore, WorkerStore
+from service.core.ports.publishing import Doorbell, Hints
+from service.core.ports.runs import IdempotencyClaim, RunStore
+from service.core.ports.tenants import TenantStore, WorkerStore
 from service.core.run import BundleSummary, Metadata, Run, ScenarioSummary
 from service.core.scenario import Scenario
 from service.core.tenancy import Tenant

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from service.core.errors import DocumentInvalid, NotFound
-from service.core.ports import Service, TenantStore
+from service.core.ports.tenants import Service, TenantStore
 from service.core.tenancy import TENANT_PATTERN, KeyKind, Tenant
 from service.usecases.keys import MintedKey, mint
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from service.core.errors import BlastdoorError, DocumentInvalid
 from service.core.ids import new_id
-from service.core.ports import Hints
+from service.core.ports.publishing import Hints
 from service.core.webhooks.addresses import Address
 from service.core.webhooks.models import MOST_ENDPOINTS, OLD_SECRET_SIGNS, Endpoint, Owner, SealedEndpoint
 from service.core.webhooks.ports import SecretBox, WebhookStore

@@ -146,7 +146,7 @@ class Play:
 def _played(boundary: GvisorBoundary, runtime_dir: Path, play: Play) -> Seen:
     installation = boundary.host.installation
     ref = make_ref(installation=installation)
-    group = boundary.cgroups.group(f"blastdoor-{installation}.{ref.name}")
+    group = boundary.group(ref)
     step = make_step(*play.argv, timeout_s=play.timeout_s)
     try:
         with boundary.open(make_spec(**play.limits), ref, cancelled=Never()) as sandbox:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from service.adapters.sql_store import SqlStore
-from service.core.ports import WorkerRecord
+from service.core.ports.tenants import WorkerRecord
 from service.core.run import Outcome, Phase
 from service.core.tenancy import KeyKind
 from service.usecases import fetch

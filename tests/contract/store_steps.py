@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from service.core.ports import Claim
+from service.core.ports.runs import Claim
 from service.core.run import Outcome, Phase, Run
 from service.core.tenancy import Tenant
 from tests.contract.conftest import Store

@@ -19,7 +19,7 @@ import pytest
 from service.adapters.blobs import FileBlobs
 from service.adapters.memory import MemoryBlobs
 from service.core.errors import NotFound, StorageFull, TooLarge
-from service.core.ports import Blobs
+from service.core.ports.blobs import Blobs
 
 TEXT = b"print('hello')\n"
 DIGEST = f"sha256:{hashlib.sha256(TEXT).hexdigest()}"

@@ -16,7 +16,7 @@ from service.adapters.memory import MemoryBus, MemoryHints
 from service.adapters.redis_bus import RedisBus, RedisHints
 from service.core.errors import Conflict, Unavailable
 from service.core.events import STREAM
-from service.core.ports import Bus, Hints, OutboxRow
+from service.core.ports.publishing import Bus, Hints, OutboxRow
 from tests.servers import RedisServer, run_redis
 
 DB = "/3"

@@ -1,7 +1,7 @@
 """What readiness asks of the store, on every store."""
 
 from service.core.canary import CANARY_TENANT
-from service.core.ports import WorkerRecord
+from service.core.ports.tenants import WorkerRecord
 from service.core.run import Outcome, Phase, Reason
 from tests.contract.conftest import Store
 from tests.contract.store_steps import LEASE, RUN_OUT, add_run, add_tenant, bring_to, claimed, finished_run

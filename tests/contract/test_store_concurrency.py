@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from service.adapters.sql.schema import run as run_table
 from service.adapters.sql_store import SqlStore
 from service.core.errors import BlastdoorError, IdempotencyInFlight, LeaseLost, NotFound, QuotaExceeded
-from service.core.ports import Claim
+from service.core.ports.runs import Claim
 from service.core.run import Outcome, Phase
 from tests.contract.store_steps import LEASE, RUN_OUT, add_run, add_tenant, bring_to, claim, claimed, told, types_told
 from tests.factories import make_result

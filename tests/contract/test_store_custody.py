@@ -9,7 +9,7 @@ from service.core.boundary import BoundaryKind, BoundaryRef
 from service.core.cleanup import ActionKind, BoundaryState, Observed, PlannedAction
 from service.core.errors import Conflict, NotFound
 from service.core.ids import new_run_id
-from service.core.ports import WorkerRecord
+from service.core.ports.tenants import WorkerRecord
 from service.core.run import Phase
 from tests.contract.conftest import Store
 from tests.contract.store_steps import (

@@ -10,7 +10,7 @@ import pytest
 
 from service.adapters.memory import MemoryStore
 from service.adapters.sql_store import SqlStore
-from service.core.ports import Claim
+from service.core.ports.runs import Claim
 from tests.contract.conftest import Store
 from tests.contract.store_steps import add_run, add_tenant, claim, claimed
 from tests.factories import make_result, make_run_id, make_scenario

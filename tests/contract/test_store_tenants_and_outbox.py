@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 
 from service.core.errors import Conflict, NotFound
-from service.core.ports import KeyRecord, WorkerRecord
+from service.core.ports.tenants import KeyRecord, WorkerRecord
 from service.core.run import Outcome, Phase, Reason
 from service.core.tenancy import CeilingLimits, Ceilings, KeyKind, Quota, Trust
 from tests.contract.conftest import Store

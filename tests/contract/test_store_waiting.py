@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 
-from service.core.ports import WorkerRecord
+from service.core.ports.tenants import WorkerRecord
 from service.core.run import Phase, QueueReason
 from service.core.waiting import QueueView, why_queued
 from tests.contract.conftest import Store

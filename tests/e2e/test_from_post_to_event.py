@@ -10,7 +10,7 @@ import tarfile
 import time
 import uuid
 import zipfile
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import httpx
@@ -155,6 +155,7 @@ class TestTheWholeWay:
         moments = [at(run[name]) for name in names]
         assert moments == sorted(moments)
         assert at(run["started_at"]) <= at(run["evidence"]["observed_at"]) <= at(run["finished_at"])
+        assert at(run["boundary_destroyed_at"]) - at(run["finished_at"]) < timedelta(seconds=5)
 
     def test_nothing_of_it_is_left_on_the_host(self, run: Document, stack: Stack) -> None:
         assert stack.left_of(run["id"]) == []

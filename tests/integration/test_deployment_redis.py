@@ -15,7 +15,7 @@ from service.adapters.celery_queue import CeleryDoorbell, celery_app
 from service.adapters.redis_bus import RedisBus
 from service.core.errors import Unavailable
 from service.core.ids import new_id, new_run_id
-from service.core.ports import OutboxRow
+from service.core.ports.publishing import OutboxRow
 from tests.deployment import ROLES, RedisWithUsers, make_secrets, redis_with_users
 from tests.servers import ONCE, NotInstalled, RedisServer
 

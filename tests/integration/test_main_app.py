@@ -16,7 +16,7 @@ from examples.main_app.inbox import Customer, Inbox, Shown
 from examples.main_app.pages import customer_page, output_page
 from service.adapters.redis_bus import RedisBus
 from service.core.events import finished_data
-from service.core.ports import OutboxRow
+from service.core.ports.publishing import OutboxRow
 from tests.factories import make_run
 from tests.scenes import eventually
 from tests.servers import RedisServer

@@ -25,7 +25,7 @@ import redis
 from service.adapters.blobs import FileBlobs
 from service.adapters.celery_queue import CeleryDoorbell
 from service.adapters.sql_store import SqlStore
-from service.core.ports import WorkerRecord
+from service.core.ports.tenants import WorkerRecord
 from service.core.run import Outcome, Phase, Reason, Run
 from service.core.scenario import Scenario
 from tests.contract.store_steps import add_run, add_tenant, told, types_told

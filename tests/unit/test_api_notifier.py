@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from service.api.notifier import Notifier
 from service.core.errors import Unavailable
 from service.core.news import Mark, Newest
-from service.core.ports import Hints
+from service.core.ports.publishing import Hints
 from service.core.run import Phase
 
 

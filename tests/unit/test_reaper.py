@@ -16,7 +16,7 @@ from service.core.controls import Limits, Network
 from service.core.errors import BoundaryError, NotYetDestroyed, Unavailable
 from service.core.ids import new_run_id
 from service.core.lease import LeaseView
-from service.core.ports import Claim
+from service.core.ports.runs import Claim
 from service.core.run import Phase, Run
 from tests.contract.store_steps import add_run, add_tenant, bring_to, types_told
 from tests.scenes import RUN_OUT, Clock

@@ -8,7 +8,7 @@ from structlog.testing import capture_logs
 
 from service.adapters.memory import MemoryBus, MemoryStore
 from service.core.errors import Unavailable
-from service.core.ports import OutboxRow
+from service.core.ports.publishing import OutboxRow
 from service.relay.relay import Relay
 from tests.contract.store_steps import add_tenant, finished_run
 

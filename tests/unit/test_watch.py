@@ -15,7 +15,7 @@ import structlog
 
 from service.adapters.memory import MemoryStore
 from service.core.errors import LeaseLost, Unavailable
-from service.core.ports import Claim, Heartbeat
+from service.core.ports.runs import Claim, Heartbeat
 from service.core.run import Phase
 from tests.contract.store_steps import add_run, add_tenant, bring_to
 from tests.factories import make_result

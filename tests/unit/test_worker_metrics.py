@@ -8,7 +8,7 @@ from typing import cast
 from prometheus_client import CollectorRegistry
 
 from service.adapters.memory import MemoryStore
-from service.core.ports import RunLine
+from service.core.ports.runs import RunLine
 from service.core.run import Phase
 from tests.contract.store_steps import RUN_OUT, add_run, add_tenant, claimed
 from tests.scenes import Stage, Theatre, steps

@@ -12,7 +12,7 @@ from service.adapters.memory import MemoryBlobs, MemoryDoorbell, MemoryHints, Me
 from service.core.boundary import Capabilities
 from service.core.errors import NotFound
 from service.core.placement import Policy
-from service.core.ports import WorkerRecord
+from service.core.ports.tenants import WorkerRecord
 from service.core.run import Run
 from service.core.tenancy import Tenant
 from service.intake.archive import ArchiveCaps

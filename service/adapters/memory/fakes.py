@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from service.core.errors import Conflict, NotFound, TooLarge, Unavailable
-from service.core.ports import OutboxRow
+from service.core.ports.publishing import OutboxRow
 from service.core.readers import Reader, StreamState
 
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 from service.adapters.memory.state import MemoryState, StoredRun
 from service.core.boundary import Bundle
 from service.core.errors import QuotaExceeded
-from service.core.ports import Expired
+from service.core.ports.runs import Expired
 from service.core.run import Phase
 
 IDEMPOTENCY_KEPT = timedelta(hours=24)

@@ -7,7 +7,7 @@ from service.adapters.memory.state import MemoryState, StoredRun
 from service.core.events import EventType
 from service.core.lease import LeaseView, instead_of_another_attempt
 from service.core.news import News
-from service.core.ports import Claim, Heartbeat
+from service.core.ports.runs import Claim, Heartbeat
 from service.core.run import ACTIVE, NEXT, Phase, Result, Verdict
 
 

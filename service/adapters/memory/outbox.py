@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 from service.adapters.memory.state import MemoryState, StoredEvent
-from service.core.ports import OutboxRow
+from service.core.ports.publishing import OutboxRow
 from service.core.readers import Span
 
 

@@ -9,7 +9,7 @@ from service.core.errors import Conflict, IdempotencyInFlight, NotFound, QuotaEx
 from service.core.events import EventType
 from service.core.ids import new_id
 from service.core.lease import cancelled
-from service.core.ports import IdempotencyClaim, Kept, Page
+from service.core.ports.runs import IdempotencyClaim, Kept, Page
 from service.core.run import Outcome, Phase, Result, Run
 from service.core.scenario import Scenario
 

@@ -3,7 +3,7 @@
 from datetime import timedelta
 
 from service.adapters.memory.state import MemoryState
-from service.core.ports import Standing
+from service.core.ports.publishing import Standing
 from service.core.run import ACTIVE, Phase
 
 

@@ -16,7 +16,7 @@ from service.core.events import OF_PHASES, EventType, cloud_event, finished_data
 from service.core.ids import new_id
 from service.core.lease import LeaseView
 from service.core.news import News, NewsKind, StoredNews
-from service.core.ports import KeyRecord, Service, WorkerRecord
+from service.core.ports.tenants import KeyRecord, Service, WorkerRecord
 from service.core.readers import Span
 from service.core.run import ACTIVE, NEXT, Phase, Result, Run
 from service.core.scenario import Scenario

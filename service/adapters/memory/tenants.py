@@ -7,7 +7,7 @@ from service.adapters.memory.state import MemoryState, StoredTenant
 from service.core.errors import Conflict, NotFound
 from service.core.ids import new_id
 from service.core.lease import cancelled
-from service.core.ports import KeyRecord, Service, WorkerRecord
+from service.core.ports.tenants import KeyRecord, Service, WorkerRecord
 from service.core.run import Phase, Result
 from service.core.tenancy import Principal, Tenant
 

@@ -12,7 +12,7 @@ from service.adapters.sql.schema import idempotency
 from service.adapters.sql.transitions import SqlPart
 from service.core.errors import IdempotencyInFlight
 from service.core.ids import new_id
-from service.core.ports import IdempotencyClaim
+from service.core.ports.runs import IdempotencyClaim
 from service.core.run import Run
 
 KEPT = timedelta(hours=24)

@@ -17,7 +17,7 @@ from service.adapters.sql.schema import HAS_ENDED, KEEPS_BLOBS, idempotency, ind
 from service.adapters.sql.transitions import SqlPart
 from service.core.boundary import Bundle
 from service.core.errors import NotFound, QuotaExceeded
-from service.core.ports import Expired, Kept
+from service.core.ports.runs import Expired, Kept
 from service.core.run import Phase, Result
 
 _run_id: sa.BindParameter[Any] = sa.bindparam("b_run_id")

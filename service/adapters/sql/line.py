@@ -36,7 +36,7 @@ from service.core.events import EventType
 from service.core.failpoints import Failpoint, reach
 from service.core.lease import LeaseView, instead_of_another_attempt
 from service.core.news import News
-from service.core.ports import Claim, Heartbeat
+from service.core.ports.runs import Claim, Heartbeat
 from service.core.run import Phase, Result, Verdict
 from service.core.scenario import Scenario
 

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from service.adapters.sql.engine import db_now
 from service.adapters.sql.schema import indexed_by, outbox, relay_state
 from service.adapters.sql.transitions import SqlPart
-from service.core.ports import OutboxRow
+from service.core.ports.publishing import OutboxRow
 from service.core.readers import Span
 
 _ROWS_AT_ONCE = 500

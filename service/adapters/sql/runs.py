@@ -26,7 +26,7 @@ from service.core.boundary import Bundle
 from service.core.errors import Conflict, NotFound, QuotaExceeded
 from service.core.events import EventType
 from service.core.failpoints import Failpoint, reach
-from service.core.ports import Page
+from service.core.ports.runs import Page
 from service.core.run import Outcome, Phase, Run
 from service.core.scenario import Scenario
 

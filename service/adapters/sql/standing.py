@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from service.adapters.sql.engine import db_now
 from service.adapters.sql.schema import IS_QUEUED, indexed_by, outbox, run
 from service.adapters.sql.transitions import SqlPart
-from service.core.ports import Standing
+from service.core.ports.publishing import Standing
 from service.core.run import ACTIVE, Phase
 
 _IS_UNSTAMPED = sa.text("pub_seq IS NULL AND NOT internal")

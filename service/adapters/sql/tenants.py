@@ -12,7 +12,7 @@ from service.adapters.sql.schema import IS_ACTIVE, IS_QUEUED, api_key, run, serv
 from service.adapters.sql.transitions import SqlPart, cancel_queued
 from service.core.errors import Conflict, NotFound
 from service.core.ids import new_id
-from service.core.ports import KeyRecord, Service
+from service.core.ports.tenants import KeyRecord, Service
 from service.core.tenancy import Ceilings, KeyKind, Principal, Quota, Tenant, Trust
 
 _live = tenant.c.deleted_at.is_(None)

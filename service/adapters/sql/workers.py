@@ -12,7 +12,7 @@ from service.adapters.sql.engine import db_now
 from service.adapters.sql.schema import worker
 from service.adapters.sql.transitions import SqlPart
 from service.core.boundary import Capabilities
-from service.core.ports import WorkerRecord
+from service.core.ports.tenants import WorkerRecord
 
 _CAPABILITIES = TypeAdapter(tuple[Capabilities, ...])
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 import structlog
 
 from service.core.errors import BlastdoorError
-from service.core.ports import Hints
+from service.core.ports.publishing import Hints
 from service.relay.webhooks.dispatcher import Dispatcher
 
 POLL = timedelta(milliseconds=250)

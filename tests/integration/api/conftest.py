@@ -25,7 +25,8 @@ from service.adapters.sql.migrate import upgrade
 from service.adapters.sql_store import SqlStore
 from service.core.boundary import Capabilities
 from service.core.canary import CANARY_TENANT
-from service.core.ports import Claim, WorkerRecord
+from service.core.ports.runs import Claim
+from service.core.ports.tenants import WorkerRecord
 from service.core.tenancy import KeyKind, Quota, Tenant
 from service.main import create_app, server_config
 from service.settings import Settings

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from service.adapters.sql.schema import metadata
 from service.core.boundary import BoundaryKind, BoundaryRef
 from service.core.ids import new_run_id
-from service.core.ports import Claim
+from service.core.ports.runs import Claim
 from tests.factories import make_result
 from tests.integration.api.conftest import DATABASES, Served
 from workers.boundaries.fake import FakeBoundary, FakeWorld, ResistingBoundary

@@ -16,7 +16,7 @@ import pytest
 
 from service.adapters.sql_store import SqlStore
 from service.core.errors import BlastdoorError
-from service.core.ports import WorkerRecord
+from service.core.ports.tenants import WorkerRecord
 from service.core.tenancy import KeyKind, Trust
 from service.intake.policy import read_policy
 from service.usecases.keys import mint

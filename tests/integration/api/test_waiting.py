@@ -5,7 +5,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from service.core.ports import WorkerRecord
+from service.core.ports.tenants import WorkerRecord
 from service.core.tenancy import Quota
 from tests.factories import make_capabilities
 from tests.integration.api.conftest import DATABASES, Served

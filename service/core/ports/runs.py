@@ -1,33 +1,25 @@
-"""What the logic asks of the world. Each port has one adapter for production and one shipped fake (adapters/memory.py).
+"""What the logic asks of the store of runs: submitting, reading, the line that a worker plays, what is given up by age.
 
-Synchronous, all of it. Every instant is the database's clock. A method that writes to a run takes the fence it acts
-under and raises LeaseLost when the row has moved on: zero rows changed means nothing was written.
+Every instant is the database's clock. A method that writes to a run takes the fence it acts under and raises LeaseLost
+when the row has moved on: zero rows changed means nothing was written.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from service.core.boundary import Bundle, Capabilities
-from service.core.canary import CanaryView
+from service.core.boundary import Bundle
 from service.core.lease import LeaseView
 from service.core.news import Mark, Newest, News, NewsPage
-from service.core.readers import Span, StreamState
 from service.core.run import Outcome, Phase, Result, Run, Verdict
 from service.core.scenario import Scenario
-from service.core.tenancy import KeyKind, Principal, Tenant
 from service.core.waiting import QueueView
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-# --- submitting and reading runs -------------------------------------------------------------------------------------
 
 
 class IdempotencyClaim(_Frozen):
@@ -114,9 +106,6 @@ class NewsStore(RunStore, Protocol):
     def newest(self, run_ids: Iterable[str]) -> Mapping[str, Newest]:
         """Of those of the runs that exist; one query, for the notifier."""
         ...
-
-
-# --- the worker's side ----------------------------------------------------------------------------------------------
 
 
 class Claim(_Frozen):
@@ -223,9 +212,6 @@ class RunLine(Protocol):
         ...
 
 
-# --- retention -------------------------------------------------------------------------------------------------------
-
-
 class Expired(_Frozen):
     """A finished run that has reached an age."""
 
@@ -259,233 +245,4 @@ class Retention(Protocol):
 
     def purge_idempotency(self, *, dry_run: bool) -> int:
         """Forget the keys that are free again by their age (24 h). -> how many."""
-        ...
-
-
-# --- tenants, keys, workers -----------------------------------------------------------------------------------------
-
-
-class KeyRecord(_Frozen):
-    """`hash` is of the whole key; the key itself is shown once and stored nowhere. `minted_by`: api, up, cli."""
-
-    id: str
-    kind: KeyKind
-    hash: str
-    tenant: str | None = None
-    service_id: str | None = None
-    minted_by: str = "api"
-
-
-class Service(_Frozen):
-    id: str
-    name: str
-
-
-class TenantStore(Protocol):
-    """`service_id=None` is the operator's view of all; otherwise only what that service created exists."""
-
-    def create_tenant(self, tenant: Tenant) -> Tenant: ...  # Conflict(tenant_exists)
-    def get_tenant(self, name: str, *, service_id: str | None = None) -> Tenant: ...  # NotFound
-    def list_tenants(self, *, service_id: str | None = None) -> Sequence[Tenant]: ...
-    def update_tenant(self, tenant: Tenant) -> Tenant: ...
-    def delete_tenant(self, name: str) -> None:
-        """Cancels its queued runs, marks active ones, revokes its keys; the name stays taken."""
-        ...
-
-    def create_service(self, name: str) -> Service: ...  # Conflict(service_exists)
-    def list_services(self) -> Sequence[Service]: ...
-    def add_key(self, key: KeyRecord) -> None: ...
-    def find_key(self, hash_: str) -> Principal | None: ...
-    def revoke_key(self, key_id: str, *, tenant: str | None = None) -> None: ...
-    def revoke_minted_by(self, minted_by: str) -> int: ...
-
-
-class WorkerRecord(_Frozen):
-    """What the API knows of a worker: fresh for 90 s after `measured_at`."""
-
-    id: str
-    host: str
-    site: str
-    capabilities: tuple[Capabilities, ...]
-    slots: int = 1
-    """Runs that it plays at once."""
-    draining: bool = False
-    """An operator's word, not the worker's: it claims nothing more."""
-    measured_at: datetime | None = None
-
-
-class WorkerStore(Protocol):
-    def record_worker(self, worker: WorkerRecord) -> None: ...
-    def forget_worker(self, worker_id: str) -> None: ...
-    def get_worker(self, worker_id: str) -> WorkerRecord | None: ...
-    def live_workers(self, *, fresh: timedelta) -> Sequence[WorkerRecord]: ...
-
-
-class Canaries(Protocol):
-    """The runs of the platform's own tenant, `core.canary`."""
-
-    def canary_view(self, *, fresh: timedelta) -> CanaryView:
-        """`fresh`: a worker that was silent for longer does not count."""
-        ...
-
-    def old_canaries(self, *, keep: int) -> Sequence[str]:
-        """Those that ended and whose boundary is known to be gone, but for the `keep` newest."""
-        ...
-
-
-# --- the outbox and what carries it out ------------------------------------------------------------------------------
-
-
-class OutboxRow(_Frozen):
-    """`pub_seq` is the relay's own gap-free stamp, given after commit; it is the stream's entry id."""
-
-    event_id: str
-    run_id: str
-    tenant: str
-    type: str
-    pub_seq: int
-    event: Mapping[str, Any]
-
-
-class Outbox(Protocol):
-    def lead(self, owner: str, *, lease: timedelta) -> bool:
-        """Take or renew the one relay lease; -> False while another holds it."""
-        ...
-
-    def stamp(self, owner: str, *, limit: int) -> Sequence[OutboxRow]:
-        """Give the next numbers to committed rows that have none, oldest first, while `owner` leads; else nothing.
-        Events of internal tenants (names that start with `_`) are kept, and never get a number."""
-        ...
-
-    def unpublished(self, *, limit: int) -> Sequence[OutboxRow]:
-        """Stamped rows not yet known to be on the bus, by pub_seq."""
-        ...
-
-    def mark_published(self, pub_seqs: Sequence[int]) -> None: ...
-
-    def retained(self, *, after: int, limit: int) -> Sequence[OutboxRow]:
-        """Stamped rows with pub_seq above `after`, in order: for republishing."""
-        ...
-
-    def mark_unpublished_after(self, pub_seq: int) -> int:
-        """The bus lost its tail: everything stamped above is to be published again. -> how many rows."""
-        ...
-
-    def last_stamp(self) -> int: ...
-
-    def bus_identity(self) -> str | None: ...
-
-    def record_bus_identity(self, identity: str) -> None:
-        """Redis' run_id, as the relay last saw it: a new one means that the stream may have been lost."""
-        ...
-
-    def owed(self) -> Mapping[str, Sequence[Span]]:
-        """By consumer group: numbers that were trimmed off the bus before the group had acknowledged them."""
-        ...
-
-    def record_owed(self, owner: str, owed: Mapping[str, Sequence[Span]]) -> bool:
-        """Replaces all of it, while `owner` leads. -> whether it was written."""
-        ...
-
-    def stamp_again(self, owner: str, *, first: int, last: int, limit: int) -> int:
-        """Give the next numbers to rows that have one of `first`..`last`, in order, and count them as not published,
-        while `owner` leads; else nothing. -> how many rows."""
-        ...
-
-
-class Standing(_Frozen):
-    """How things stand, in numbers and the database's clock. `waited`: of the run that is in the queue for longest;
-    `lag`: how long the oldest event waits to be on the bus."""
-
-    runs: Mapping[Phase, int]
-    waited: timedelta
-    unpublished: int
-    lag: timedelta
-
-
-class Standings(Protocol):
-    def standing(self) -> Standing:
-        """Of every tenant together, internal ones too (their events are never published, and never lag). Unfinished
-        phases only, each of them. Cheap: it reads what is not yet done, never what is."""
-        ...
-
-
-class Bus(Protocol):
-    """The stream that the main application reads. Internal tenants' events are stamped and skipped."""
-
-    def publish(self, rows: Sequence[OutboxRow]) -> None:
-        """XADD with explicit ids, in order; an id that is there already with the same event is success."""
-        ...
-
-    def last_published(self) -> int | None:
-        """The stream's last pub_seq; 0 for an empty one, None when there is no stream."""
-        ...
-
-    def create_stream(self) -> None: ...
-
-    def identity(self) -> str: ...
-
-    def max_length(self) -> int:
-        """Entries that are kept in any case; up to twice as many while a reader is behind."""
-        ...
-
-    def stream(self) -> StreamState | None:
-        """How long it is, and how far its readers are; None when there is none."""
-        ...
-
-    def pending(self, group: str, *, first: int, below: int) -> Sequence[int]:
-        """Of the numbers in between, those that the group was given and has not acknowledged; none of one that is
-        gone."""
-        ...
-
-    def trim(self, below: int) -> None:
-        """Remove every entry with a lower number."""
-        ...
-
-
-class Hints(Protocol):
-    """Wakes whoever waits, sooner than polling would. Lossy: nothing may depend on it."""
-
-    def hint(self, topic: str, run_id: str) -> None:
-        """`topic`: run (it has ended, or gone back to the queue), outbox (there is something to relay) or news (more is
-        told of it)."""
-        ...
-
-    def listen(self, topics: Sequence[str], *, poll_s: float) -> Iterator[tuple[str, str] | None]:
-        """Yields (topic, run_id), and None each time `poll_s` seconds pass without one, also while Redis is away."""
-        ...
-
-
-class Doorbell(Protocol):
-    def ring(self, boundary: str) -> None:
-        """Tell the workers of this boundary's queue that something waits. Carries no run. Raises Unavailable."""
-        ...
-
-
-class Blobs(Protocol):
-    """Bytes by content digest, apart for each tenant. Writes are complete or absent."""
-
-    def put_file(self, tenant: str, path: Path, digest: str) -> None:
-        """Take a finished temporary file (same file system) as `sha256:...`; moved, or dropped when it is known."""
-        ...
-
-    def put_bytes(self, tenant: str, data: bytes) -> str: ...
-    def put_stream(self, tenant: str, source: BinaryIO, *, max_bytes: int) -> tuple[str, int]: ...
-    def path(self, tenant: str, digest: str) -> Path: ...  # NotFound
-    def delete(self, tenant: str, digest: str) -> None: ...
-    def older_than(self, tenant: str, age: timedelta) -> Sequence[str]:
-        """Digests of those that were stored so long ago, by the clock that dates files."""
-        ...
-
-    def discard(self, tenant: str, digest: str, *, age: timedelta) -> bool:
-        """Delete one that was stored so long ago. One that somebody stores again at this instant stays. -> whether it
-        was deleted."""
-        ...
-
-    def clear(self, tenant: str) -> None:
-        """Delete all that the tenant has."""
-        ...
-
-    def staging(self) -> AbstractContextManager[Path]:
-        """A private directory on the same file system, gone with its contents when the context ends."""
         ...
