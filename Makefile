@@ -17,6 +17,7 @@ demo: root ## Start everything on this machine, run four scenarios and an applic
 
 test: root ## Run every test, two files at a time, in real sandboxes; ARGS="-k words" chooses some
 	@scripts/setup.sh
+	@$(if $(ARGS),,$(PYTHON) -m tests.cluster.lab build || echo "make test: tests on a cluster are skipped, and in CI fail")
 	@$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: ## Formatting, lint, types, import contracts, .env.example
@@ -42,7 +43,7 @@ lock: ## Write the lock files again from pyproject.toml; ARGS=--upgrade takes ne
 	@git --no-pager diff --stat -- requirements.lock requirements-dev.lock
 
 clean: ## Remove what these targets made in this checkout, the virtual environment included
-	@rm -rf .venv .cache .hypothesis build dist bench.json soak.json soak-history.jsonl workers/boundaries/gvisor/init
+	@rm -rf .venv .cache .hypothesis build dist bench.json soak.json soak-history.jsonl workers/boundaries/*/init
 	@find service workers tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 .PHONY: root

@@ -69,6 +69,7 @@ missing_packages() {
     [ "$1" = everything ] || return 0
     [ -x /usr/bin/python3 ] || echo python3 # what a sandbox sees: the host's own /usr, and no more
     command -v zstd >/dev/null || echo zstd
+    command -v ip >/dev/null || echo iproute2 # for the cluster of the tests
     command -v redis-server >/dev/null || echo redis-server
     has_postgres || echo postgresql
     [ "$(runsc_date)" -ge "$RUNSC_SINCE" ] || echo runsc

@@ -12,7 +12,9 @@ import pytest
 
 from tests import summary
 
-FOLDERS = frozenset({"unit", "contract", "integration", "escape", "faults", "e2e"})
+FOLDERS = frozenset({"unit", "contract", "integration", "escape", "faults", "cluster", "e2e"})
+TOGETHER = "tests/cluster/"
+"""Files that stay in one process where tests run side by side: they share a cluster, which costs seconds and memory."""
 # Reasons for which a test may be skipped in CI. Empty: what CI cannot run, we do not claim.
 SKIPS_ALLOWED_IN_CI: frozenset[str] = frozenset()
 
@@ -32,6 +34,21 @@ def _folders(path: Path) -> list[str]:
     """The folders of a test file below `tests`; of all of its path when no folder has that name."""
     parts = path.parts[:-1]
     return list(parts[parts.index("tests") + 1 :] if "tests" in parts else parts)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile`, with what belongs together as one file; the largest goes first."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling  # only here is it certain to be installed
+
+    class _Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER if file.startswith(TOGETHER) else file
+
+    return _Together(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

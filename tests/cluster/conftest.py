@@ -19,11 +19,11 @@ START_WITHIN_S = 300
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The first test of a session pays for the cluster, and on a new machine for building it."""
-    seconds = BUILD_WITHIN_S if parts.missing() else START_WITHIN_S
+    """The first test of a session pays for the cluster, and on a new machine for building it (`make test` did)."""
+    build = parts.missing()
     for item in items:
-        if Path(__file__).parent in item.path.parents and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(seconds))
+        if Path(__file__).parent in item.path.parents and (build or not item.get_closest_marker("timeout")):
+            item.add_marker(pytest.mark.timeout(BUILD_WITHIN_S if build else START_WITHIN_S), append=False)
 
 
 @pytest.fixture(scope="session")

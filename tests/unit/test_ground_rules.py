@@ -106,3 +106,27 @@ def test_the_summary_counts_what_ran_side_by_side(rules: pytest.Pytester) -> Non
     result = _run(rules, "-p", "xdist.plugin", "-n", "2", "--dist", "loadfile")
 
     result.stdout.fnmatch_lines(["*what the tests ran on*", "boundary: gvisor (2)"])
+
+
+WHERE = """
+import os
+from pathlib import Path
+
+def test_it():
+    with Path("where").open("a") as file:
+        file.write(f"{__file__.split('/')[-2]} {os.getpid()}\\n")
+"""
+
+
+def test_tests_that_share_a_cluster_run_in_one_process(rules: pytest.Pytester) -> None:
+    for folder in ("unit", "cluster"):
+        place = rules.path / "tests" / folder
+        place.mkdir(parents=True)
+        for number in range(6):
+            (place / f"test_{folder}_{number}.py").write_text(WHERE)
+
+    _run(rules, "-p", "xdist.plugin", "-n", "2", "--dist", "loadfile", "tests").assert_outcomes(passed=12)
+
+    ran = [line.split() for line in rules.path.joinpath("where").read_text().splitlines()]
+    assert len({process for folder, process in ran if folder == "cluster"}) == 1
+    assert len({process for folder, process in ran}) == 2, "nothing ran side by side"

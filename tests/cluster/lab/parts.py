@@ -1,7 +1,8 @@
 """What the lab is made of: Go programs built from their published modules, and a few Debian packages, unpacked.
 
 Every part has a folder of its own in the cache, named for its version and for how it is built, so that a changed
-recipe is a new part and an old checkout still finds its own. Nothing is installed on the machine.
+recipe is a new part and an old checkout still finds its own. Nothing is installed on the machine, and what only the
+build needed (sources, object files) goes when all parts are there.
 """
 
 import fcntl
@@ -11,11 +12,14 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.cluster.lab.toolchain import NoParts, Toolchain, toolchain
 
 KUBERNETES = "1.36.2"
 ETCD = "3.7.3"
@@ -28,9 +32,12 @@ SHIM_SOURCE = "pkg/shim/v1/manager.go"
 SHIM_STRICT = "if err := sys.SetOOMScore(cmd.Process.Pid, oomScoreMax); err != nil {"
 SHIM_LENIENT = "if err := sys.SetOOMScore(cmd.Process.Pid, oomScoreMax); err != nil && !os.IsPermission(err) {"
 
-
-class NoParts(Exception):
-    """A part of the lab cannot be had on this machine; the message says which and why."""
+BUILD_TAKES = 8_000_000_000
+"""Bytes of disk, for the time of a build of everything; 600 MB stay."""
+TRIES = 3
+"""Of what fetches something: a network has its moments."""
+SAY_EVERY_S = 60.0
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -181,17 +188,33 @@ def missing() -> list[str]:
     return [part.name for part in PARTS if not _folder(part).is_dir()]
 
 
-def build(say: Callable[[str], None]) -> Parts:
+def build(say: Say) -> Parts:
     """-> all parts, those that are missing built first, at the lowest priority; GOMAXPROCS limits the cores it takes.
 
-    Raises NoParts when one cannot be had.
+    One process builds, any other waits for it. Raises NoParts when one cannot be had.
     """
-    with one_at_a_time("build"):
-        for part in PARTS:
-            if not _folder(part).is_dir():
-                say(f"building {part.name} {part.version}")
-                _make(part)
+    if missing():
+        with one_at_a_time("build"):
+            _build_missing(say)
     return Parts({part.name: _folder(part) for part in PARTS})
+
+
+def _build_missing(say: Say) -> None:
+    todo = [part for part in PARTS if not _folder(part).is_dir()]
+    if not todo:  # another process was quicker
+        return
+    if (free := shutil.disk_usage(cache()).free) < BUILD_TAKES:
+        raise NoParts(
+            f"a build needs {BUILD_TAKES / 1e9:g} GB below {cache()} for its time: {free / 1e9:.1f} GB are free"
+        )
+    began = time.monotonic()
+    for_now = cache() / ".build"
+    go = toolchain(for_now, say) if any(not isinstance(part, DebianPart) for part in todo) else None
+    for at, part in enumerate(todo, 1):
+        say(f"{at} of {len(todo)}: {part.name} {part.version}")
+        _make(part, go, say)
+    shutil.rmtree(for_now, ignore_errors=True)
+    say(f"built in {(time.monotonic() - began) / 60:.1f} minutes; kept in {cache()}")
 
 
 def _folder(part: GoPart | DebianPart | CPart) -> Path:
@@ -208,44 +231,48 @@ def one_at_a_time(what: str) -> Iterator[None]:
         yield
 
 
-def _make(part: GoPart | DebianPart | CPart) -> None:
+def _make(part: GoPart | DebianPart | CPart, go: Toolchain | None, say: Say) -> None:
     with tempfile.TemporaryDirectory(dir=cache(), prefix=f".{part.name}-") as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
         match part:
-            case GoPart():
-                _make_go(part, Path(scratch), made)
             case DebianPart():
                 _make_debian(part, Path(scratch), made)
+            case GoPart():
+                assert go
+                _make_go(part, go, Path(scratch), made, say)
             case CPart():
-                _make_c(part, Path(scratch), made)
+                assert go
+                _make_c(part, go, Path(scratch), made)
         made.rename(_folder(part))
 
 
-def _make_go(part: GoPart, scratch: Path, made: Path) -> None:
+def _make_go(part: GoPart, go: Toolchain, scratch: Path, made: Path, say: Say) -> None:
     module = scratch / "module"
     module.mkdir()
-    details = _module(part.module, part.version, module)
-    for required in _required_at_zero(Path(details["GoMod"]), module) if part.staging else []:
-        _run(["go", "mod", "edit", f"-replace={required}={required}@{part.staging}"], cwd=module)
+    details = _module(part.module, part.version, module, go)
+    for required in _required_at_zero(Path(details["GoMod"]), module, go) if part.staging else []:
+        _run(["go", "mod", "edit", f"-replace={required}={required}@{part.staging}"], cwd=module, go=go)
     if part.changed:
-        _run(["go", "mod", "edit", f"-replace={part.module}={_changed(part.changed, details, scratch)}"], cwd=module)
+        copy = _changed(part.changed, details, scratch)
+        _run(["go", "mod", "edit", f"-replace={part.module}={copy}"], cwd=module, go=go)
     for program, below in part.programs.items():
         package = f"{part.module}/{below}".rstrip("/")
         flags = ["-mod=mod", "-trimpath", f"-tags={part.tags}", f"-ldflags=-s -w {part.ldflags}"]
-        _run(["nice", "-n", "19", "go", "build", *flags, "-o", str(made / "bin" / program), package], cwd=module)
+        build = ["nice", "-n", "19", "go", "build", *flags, "-o", str(made / "bin" / program), package]
+        _fetch(build, cwd=module, go=go, still=lambda s, program=program: say(f"  {program}: {s / 60:.0f} min"))
 
 
-def _module(module: str, version: str, folder: Path) -> dict[str, Any]:
+def _module(module: str, version: str, folder: Path, go: Toolchain) -> dict[str, Any]:
     """Makes `folder` a Go module that requires this one -> what the go command says of its download."""
     (folder / "go.mod").write_text(f"module lab\n\ngo 1.26.0\n\nrequire {module} v{version}\n")
-    said = _run(["go", "mod", "download", "-json", f"{module}@v{version}"], cwd=folder)
+    said = _fetch(["go", "mod", "download", "-json", f"{module}@v{version}"], cwd=folder, go=go)
     details: dict[str, Any] = json.loads(said)
     return details
 
 
-def _required_at_zero(go_mod: Path, folder: Path) -> list[str]:
-    required = json.loads(_run(["go", "mod", "edit", "-json", str(go_mod)], cwd=folder))["Require"]
+def _required_at_zero(go_mod: Path, folder: Path, go: Toolchain) -> list[str]:
+    required = json.loads(_run(["go", "mod", "edit", "-json", str(go_mod)], cwd=folder, go=go))["Require"]
     return [one["Path"] for one in required if one["Version"] == "v0.0.0"]
 
 
@@ -265,25 +292,56 @@ def _make_debian(part: DebianPart, scratch: Path, made: Path) -> None:
     try:
         _run(["apt-get", "download", *part.packages], cwd=scratch)
     except NoParts:  # the machine's list of packages may be old, or empty
-        _run(["apt-get", "update"], cwd=scratch)
-        _run(["apt-get", "download", *part.packages], cwd=scratch)
+        with suppress(NoParts):  # of one source that does not answer; what is needed may be of another
+            _run(["apt-get", "update"], cwd=scratch)
+        _fetch(["apt-get", "download", *part.packages], cwd=scratch)
     for archive in sorted(scratch.glob("*.deb")):
         _run(["dpkg-deb", "--extract", str(archive), str(made)], cwd=scratch)
 
 
-def _make_c(part: CPart, scratch: Path, made: Path) -> None:
-    source = Path(_module(part.module, part.version, scratch)["Dir"]) / part.source
+def _make_c(part: CPart, go: Toolchain, scratch: Path, made: Path) -> None:
+    source = Path(_module(part.module, part.version, scratch, go)["Dir"]) / part.source
     (made / "bin").mkdir()
     _run(["cc", "-Os", "-static", "-o", str(made / "bin" / part.program), str(source)], cwd=scratch)
 
 
-def _run(argv: list[str], *, cwd: Path) -> str:
-    """-> standard output. Raises NoParts with the end of what the program said when it fails."""
-    environment = os.environ | {"CGO_ENABLED": "0", "GOWORK": "off"}
-    try:
-        done = subprocess.run(argv, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-    except FileNotFoundError as absent:
-        raise NoParts(f"{argv[0]} is not installed") from absent
-    if done.returncode != 0:
-        raise NoParts(f"{' '.join(argv)}\n{(done.stderr or done.stdout)[-2000:]}")
-    return done.stdout
+def _fetch(
+    argv: list[str], *, cwd: Path, go: Toolchain | None = None, still: Callable[[float], None] | None = None
+) -> str:
+    """`_run` of what needs the network, tried again when it fails."""
+    for _ in range(TRIES - 1):
+        with suppress(NoParts):
+            return _run(argv, cwd=cwd, go=go, still=still)
+        time.sleep(2)
+    return _run(argv, cwd=cwd, go=go, still=still)
+
+
+def _run(
+    argv: list[str], *, cwd: Path, go: Toolchain | None = None, still: Callable[[float], None] | None = None
+) -> str:
+    """-> standard output; `still` hears each minute for how many seconds it has been running.
+
+    Raises NoParts with the end of what the program said when it fails.
+    """
+    environment: Mapping[str, str] = go.environment if go else os.environ
+    began = time.monotonic()
+    program = shutil.which(argv[0], path=environment.get("PATH"))
+    if not program:
+        raise NoParts(f"{argv[0]} is not installed")
+    with subprocess.Popen(
+        [program, *argv[1:]], cwd=cwd, env=environment,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        while True:
+            try:
+                said, complained = process.communicate(timeout=SAY_EVERY_S)
+                break
+            except subprocess.TimeoutExpired:
+                if still:
+                    still(time.monotonic() - began)
+            except BaseException:
+                process.kill()
+                raise
+    if process.returncode != 0:
+        raise NoParts(f"{' '.join(argv)}\n{(complained or said)[-2000:]}")
+    return said
