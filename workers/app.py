@@ -29,8 +29,9 @@ from service.adapters.redis_bus import RedisHints
 from service.adapters.sql_store import SqlStore
 from service.core.boundary import Boundary, BoundaryKind, Capabilities
 from service.core.custody import ReaperStore
-from service.core.errors import BlastdoorError, Unavailable
+from service.core.errors import BlastdoorError
 from service.core.ids import new_id
+from service.core.placement import queues
 from service.core.ports.runs import RunLine
 from service.core.ports.tenants import WorkerRecord
 from service.logs import configure, own_the_streams, say_unknown
@@ -40,6 +41,7 @@ from workers.drain import draining
 from workers.metrics import MeteredLine, MeteredRecovery, PoolMetrics, ReaperMetrics
 from workers.reaper import Reaper, Swept, watch_sites
 from workers.reconcile import reconcile
+from workers.registrar import registering
 from workers.registry import Warmable, load
 from workers.run_scenario import Line
 from workers.tasks import register
@@ -148,8 +150,8 @@ def run_worker(settings: Settings) -> int:
         slots=settings.worker_concurrency,
     )  # fmt: skip
     parts.store.record_worker(record)
-    offered = _offered(capabilities)
-    if not offered:
+    heard = {one: queue_name(one) for one in queues(capabilities)}
+    if not heard:
         log.error("this host can build no boundary; run `blastdoor doctor`")
         return 3
     app = celery_app(settings.broker_url)
@@ -159,20 +161,24 @@ def run_worker(settings: Settings) -> int:
     register(app, lines, ring_task=RING_TASK, playing=partial(_playing, busy, lines))
     app.Worker = _soft_shutdown(app.Worker, busy)
     signals.worker_process_init.connect(lambda **_: lines.warm(), weak=False)
-    app.steps["worker"].add(_registrar(parts, record))
-    queue_of = {boundary: queue_name(boundary) for boundary in offered}
+    app.steps["worker"].add(
+        registering(
+            parts.store, record, measure=lambda: probe(parts.boundaries), heard=heard, queue_name=queue_name,
+            every_s=settings.probe_s,
+        )
+    )  # fmt: skip
     app.steps["worker"].add(
         draining(
-            parts.store, parts.doorbell, worker_id=record.id, queues=queue_of, busy=busy.anybody,
+            parts.store, parts.doorbell, worker_id=record.id, queues=heard, busy=busy.anybody,
             every_s=settings.orders_poll_s,
         )
     )  # fmt: skip
     if pool is not None:
         app.steps["worker"].add(_scraped(pool, settings.metrics_address))
-    queues = ",".join(queue_of.values())
-    log.info("worker starts", worker=record.id, queues=queues, concurrency=settings.worker_concurrency)
+    listed = ",".join(heard.values())
+    log.info("worker starts", worker=record.id, queues=listed, concurrency=settings.worker_concurrency)
     pool_size = str(settings.worker_concurrency)
-    arguments = ["--quiet", "worker", "-Q", queues, "-c", pool_size, "-P", "prefork", "-n", record.id]
+    arguments = ["--quiet", "worker", "-Q", listed, "-c", pool_size, "-P", "prefork", "-n", record.id]
     try:
         app.worker_main([*arguments, *WORKER_OPTIONS, "-l", settings.log_level])
     finally:
@@ -187,10 +193,6 @@ def _silence_celery() -> None:
     straight to the descriptor; the same is logged as well."""
     signals.setup_logging.connect(lambda **_: None, weak=False)
     celery.apps.worker.safe_say = lambda *_: None
-
-
-def _offered(capabilities: Sequence[Capabilities]) -> list[str]:
-    return [row.boundary for row in capabilities if row.available]
 
 
 class _LinePerProcess:
@@ -218,7 +220,7 @@ class _LinePerProcess:
             hints=parts.hints,
             doorbell=parts.doorbell,
             boundaries=parts.boundaries,
-            offered=_offered(capabilities),
+            offered=queues(capabilities),
             runtimes=sorted({name for row in capabilities if row.available for name in row.runtimes}),
             installation=parts.installation,
             site=settings.site,
@@ -296,31 +298,8 @@ def _soft_shutdown(worker: type[Any], busy: _Busy) -> type[Any]:
     return Worker
 
 
-def _registrar(parts: Parts, record: WorkerRecord) -> type[Any]:
-    """A step of the worker's parent that says on its event loop's timer what this host can build: no thread, since the
-    parent forks."""
-
-    class Registrar(bootsteps.StartStopStep):  # type: ignore[misc]
-        requires = ("celery.worker.components:Timer",)
-
-        def start(self, worker: Any) -> None:
-            self.timer = worker.timer.call_repeatedly(parts.settings.probe_s, self.beat)
-
-        def stop(self, worker: Any) -> None:
-            self.timer.cancel()
-
-        def beat(self) -> None:
-            try:
-                measured = record.model_copy(update={"capabilities": probe(parts.boundaries)})
-                parts.store.record_worker(measured)
-            except Unavailable as error:
-                log.warning("cannot say that this worker lives", error=str(error))
-
-    return Registrar
-
-
 def _scraped(pool: PoolMetrics, asked: str) -> type[Any]:
-    """A step of the worker's parent that answers Prometheus on its event loop, for the reason above."""
+    """A step of the worker's parent that answers Prometheus on its event loop: no thread, since the parent forks."""
     address, registry = Address.parse(asked), new_registry("worker")
     assert address is not None
     try:
@@ -360,6 +339,7 @@ def run_reaper(settings: Settings) -> int:
     reaper = Reaper(
         parts.boundaries.values(), runs, parts.hints, installation=parts.installation, site=settings.site,
         quarantine_after=timedelta(seconds=settings.quarantine_after_s), on_quarantine=metrics.quarantined.inc,
+        silent_after=timedelta(seconds=settings.site_silent_s),
     )  # fmt: skip
     while not stop.is_set():
         housekeep(parts, reaper, runs, metrics)

@@ -29,6 +29,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from service.core.lease import LeaseView
+from service.core.placement import boundary_of
 from service.core.ports.runs import Claim, RunLine
 from service.core.run import Outcome, Phase, Reason, Result, Verdict
 
@@ -184,13 +185,13 @@ class MeteredRecovery:
     def recover_finish(self, view: LeaseView, verdict: Verdict) -> bool:
         done = self._behind.recover_finish(view, verdict)
         if done:
-            self._metrics.recovered.labels(view.boundary, *_words(verdict)).inc()
+            self._metrics.recovered.labels(boundary_of(view.boundary), *_words(verdict)).inc()
         return done
 
     def recover_requeue(self, view: LeaseView) -> bool:
         done = self._behind.recover_requeue(view)
         if done:
-            self._metrics.recovered.labels(view.boundary, "none", "none").inc()
+            self._metrics.recovered.labels(boundary_of(view.boundary), "none", "none").inc()
         return done
 
 

@@ -65,7 +65,7 @@ class Line:
     doorbell: Doorbell
     boundaries: Mapping[BoundaryKind, Boundary]
     offered: Sequence[str]
-    """Boundaries with variant that this host's probe found available, e.g. `gvisor`."""
+    """What this host's probe found available, as `placement.queues` has it, e.g. `gvisor`."""
     runtimes: Sequence[str]
     installation: str
     site: str
@@ -164,7 +164,7 @@ def run_waiting(line: Line) -> bool:
             logger.warning("lease lost; the boundary was killed and nothing was written", error=str(error))
         finally:
             _tear_down(line, boundary, ref, logger)
-    _pass_on(line, run.placement.boundary, logger)
+    _pass_on(line, run.placement.queue, logger)
     return True
 
 
@@ -178,6 +178,8 @@ def _play_through(line: Line, claim: Claim, boundary: Boundary, ref: BoundaryRef
         network=run.controls.network,
         runtime=claim.scenario.runtime,
         lifetime=line.times.lease + _lifetime(run),
+        node_group=run.placement.node_group,
+        share=claim.share,
     )
     try:
         live.progress("boundary", "started", text=run.placement.boundary)
@@ -341,11 +343,11 @@ def _tear_down(line: Line, boundary: Boundary, ref: BoundaryRef, logger: structl
         line.hints.hint("outbox", ref.run_id)
 
 
-def _pass_on(line: Line, boundary: str, logger: structlog.stdlib.BoundLogger) -> None:
+def _pass_on(line: Line, queue: str, logger: structlog.stdlib.BoundLogger) -> None:
     """The bell, to whoever can take the next run."""
     try:
         if line.runs.waiting(line.offered):
-            line.doorbell.ring(boundary)
+            line.doorbell.ring(queue)
     except Unavailable as error:
         logger.warning("the bell was not passed on; the reconciler rings again", error=str(error))
 

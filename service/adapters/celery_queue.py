@@ -33,15 +33,15 @@ WORKER_OPTIONS = ("--without-gossip", "--without-mingle", "--without-heartbeat")
 WORKER_ENVIRONMENT = {"REMAP_SIGTERM": "SIGQUIT"}
 """Must be there before celery is imported: SIGTERM then starts the soft shutdown, and what is not done is requeued."""
 
-_BOUNDARY = re.compile(r"^[a-z0-9]+([/+.-][a-z0-9]+)*$", re.ASCII)
+_BOUNDARY = re.compile(r"[a-z0-9]+(([/+.]|-+)[a-z0-9]+)*", re.ASCII)
 _TIMEOUT_S = 0.5
 _RETRY_WITHIN_S = 0.3
 _AWAY = (OperationalError, RedisError, KombuError, OSError)
 
 
 def queue_name(boundary: str) -> str:
-    """`gvisor` -> `boundary.gvisor`, `namespace/kata-fc` -> `boundary.namespace.kata-fc`."""
-    if not _BOUNDARY.match(boundary):
+    """`gvisor` -> `boundary.gvisor`, `namespace/runc+affinity/blue` -> `boundary.namespace.runc+affinity.blue`."""
+    if not _BOUNDARY.fullmatch(boundary):
         raise ValueError(f"{boundary!r} is not a boundary")
     return "boundary." + boundary.replace("/", ".")
 

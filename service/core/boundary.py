@@ -4,6 +4,7 @@ A boundary kind is one folder that implements `Boundary`; everything here is fro
 read back. The values that come out of a sandbox are observations from the host's side, never the guest's word.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
@@ -13,7 +14,8 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from service.core.controls import Limits, Network
+from service.core.controls import PLATFORM_CEILINGS, Limits, Network
+from service.core.tenancy import Quota
 
 
 class _Frozen(BaseModel):
@@ -97,21 +99,40 @@ class BoundaryRef(_Frozen):
         """DNS-safe, and different for each attempt: a stale worker cannot collide with a newer one."""
         return boundary_name(self.run_id, self.fence)
 
+    def is_of(self, tenant: str) -> bool:
+        """Of a reference that was read back from a shared cluster the tenant is a hash: names do not leave us."""
+        return self.tenant in (tenant, tenant_hash(self.installation, tenant))
+
 
 def boundary_name(run_id: str, fence: int) -> str:
     return f"bd-{run_id.removeprefix('run_')}-f{fence}"
+
+
+def tenant_hash(installation: str, tenant: str) -> str:
+    """What stands for a tenant where others may read it: 40 hexadecimal digits."""
+    return hashlib.sha256(f"{installation}/{tenant}".encode()).hexdigest()[:40]
+
+
+class Share(_Frozen):
+    """What the runs of one tenant may have together where they share a place: so many at once, each within `limits`."""
+
+    runs: int = Quota().concurrent
+    limits: Limits = PLATFORM_CEILINGS
 
 
 class BoundarySpec(_Frozen):
     """What to build. It does not depend on the number of steps: one shape serves 1 and 100.
 
     `lifetime`: after so long its supervisor ends it, by a clock that nobody sets; when absent, at the reference's
-    `expires_at`, by the host's own clock."""
+    `expires_at`, by the host's own clock. `node_group`: it runs on a node of this group, and on no other. `share`: of
+    the tenant."""
 
     limits: Limits
     network: Network
     runtime: str = "default"
     lifetime: timedelta | None = None
+    node_group: str | None = None
+    share: Share = Share()
 
 
 class Bundle(_Frozen):

@@ -73,6 +73,13 @@ def _is_expired(ref: BoundaryRef, *, now: datetime) -> bool:
     return bool(ref.tenant) and now >= ref.expires_at
 
 
+def named(ref: BoundaryRef, view: LeaseView | None) -> BoundaryRef:
+    """With its tenant's name, where only a hash of that was read back and the run is known."""
+    if view is None or view.tenant == ref.tenant or not ref.is_of(view.tenant):
+        return ref
+    return ref.model_copy(update={"tenant": view.tenant})
+
+
 def resists_too_long(since: datetime, *, now: datetime, quarantine_after: timedelta) -> bool:
     return now - since >= quarantine_after
 
@@ -106,7 +113,7 @@ class Scope(_Frozen):
     def covers(self, row: InventoryRow, *, now: datetime) -> bool:
         ref = row.ref
         return (
-            self.tenant in (None, ref.tenant)
+            (self.tenant is None or ref.is_of(self.tenant))
             and self.run in (None, ref.run_id)
             and self.boundary in (None, ref.name)
             and not (self.orphans and row.state is BoundaryState.LIVE)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr, model_validator
 
 from service.core.errors import DocumentInvalid
 from service.core.quantities import Duration, Size, format_duration, format_size
-from service.core.tenancy import Tenant, Trust
+from service.core.tenancy import Ceilings, Tenant, Trust
 
 MIB = 2**20
 GIB = 2**30
@@ -79,6 +79,12 @@ class AppliedControls(Controls):
     """Controls after the tenant's defaults and ceilings: what is enforced, and what the run shows."""
 
     code: Trust
+
+
+def ceilings(of_tenant: Ceilings) -> Limits:
+    """The most that one run of a tenant may ask for: its own ceilings, and nowhere more than the platform's."""
+    own = {name: value for name, value in of_tenant.limits if value is not None}
+    return Limits(**{name: min(ceiling, own.get(name, ceiling)) for name, ceiling in PLATFORM_CEILINGS})
 
 
 def apply(controls: Controls, tenant: Tenant) -> AppliedControls:

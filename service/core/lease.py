@@ -17,9 +17,10 @@ class LeaseView(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     run_id: str
+    tenant: str = ""
     phase: Phase
     boundary: str = ""
-    """As placed, e.g. `namespace/gvisor`: only a reaper that can see such boundaries may call one absent."""
+    """As queued, e.g. `namespace/gvisor`: only a reaper that can see such boundaries may call one absent."""
     attempt: int
     fence: int
     lease_until: datetime | None

@@ -115,6 +115,13 @@ class Placement(_Frozen):
     why: tuple[str, ...]
     rejected: tuple[Rejected, ...]
     policy: str
+    node_group: str | None = None
+    """Where the tenant had affinity to when its run was placed: what becomes of the tenant later moves no queued run."""
+
+    @property
+    def queue(self) -> str:
+        """What its run waits in: its boundary, and for a node group one of that group's own."""
+        return self.boundary if self.node_group is None else f"{self.boundary}/{self.node_group}"
 
     @property
     def kind(self) -> BoundaryKind:
@@ -123,6 +130,22 @@ class Placement(_Frozen):
     @property
     def variant(self) -> str:
         return self.boundary.removesuffix(AFFINITY_SUFFIX).partition("/")[2]
+
+
+def queues(capabilities: Iterable[Capabilities]) -> list[str]:
+    """What a worker with these rows may claim from: `namespace/runc`, and for each node group that it reaches
+    `namespace/runc+affinity/blue`."""
+    found = []
+    for row in capabilities:
+        if row.available:
+            found += [row.boundary, *(f"{row.boundary}{AFFINITY_SUFFIX}/{group}" for group in sorted(row.node_groups))]
+    return found
+
+
+def boundary_of(queue: str) -> str:
+    """Without the node group, which is a name of the operator's and no word of ours."""
+    boundary, suffix, _ = queue.partition(AFFINITY_SUFFIX)
+    return boundary + suffix
 
 
 def strength(level: StrEnum) -> int:
@@ -185,6 +208,7 @@ def choose(
     for capability in capabilities:
         offered.setdefault(capability.boundary, []).append(capability)
     judged: list[tuple[int, str, Guarantees, str | None]] = []
+    group_of: dict[str, str | None] = {}
     for offer in OFFERS:
         rank = policy.ranks.get(offer.boundary, offer.rank)
         workers = offered.get(offer.boundary, [])
@@ -192,6 +216,7 @@ def choose(
             guarantees = measured(promised, workers)
             missing = _missing(offer, guarantees, place, requirements, policy, workers, runtime)
             judged.append((rank + (AFFINITY_RANK if place else 0), boundary, guarantees, missing))
+            group_of[boundary] = place
     fitting = sorted((rank, boundary) for rank, boundary, _, missing in judged if missing is None)
     if not fitting:
         candidates = [{"boundary": boundary, "missing": missing} for _, boundary, _, missing in judged]
@@ -217,6 +242,7 @@ def choose(
         why=why,
         rejected=tuple(rejected),
         policy=policy.digest,
+        node_group=group_of[best],
     )
 
 
@@ -261,7 +287,7 @@ def _worker_lacks(
         if ability not in worker.abilities:
             return f"capability {ability}"
     if node_group is not None and node_group not in worker.node_groups:
-        return f"no live worker has a node in group {node_group}"
+        return f"no live worker has a node in group {node_group} that is kept for it"
     if runtime not in worker.runtimes:
         offered = ", ".join(sorted(worker.runtimes)) or "none"
         return f"runtime {runtime} (offered: {offered})"

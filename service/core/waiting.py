@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from service.core.boundary import Capabilities
 from service.core.news import PhaseView
+from service.core.placement import queues
 from service.core.run import QueueReason, Run
 
 Shown = TypeVar("Shown", Run, PhaseView)
@@ -26,17 +27,15 @@ class WorkerView(_Frozen):
     playing: int
     draining: bool
 
-    def builds(self, boundary: str, *, runtime: str | None = None) -> bool:
-        """`runtime` None: any."""
-        return any(
-            one.available and one.boundary == boundary and (runtime is None or runtime in one.runtimes)
-            for one in self.capabilities
-        )
+    def builds(self, queue: str, *, runtime: str | None = None) -> bool:
+        """Whether it may claim from this queue. `runtime` None: any."""
+        return any(queue in queues([one]) and (runtime is None or runtime in one.runtimes) for one in self.capabilities)
 
 
 class QueueView(_Frozen):
-    """What a queued run waits with. `active` runs of its tenant are under way, of `concurrent` allowed. `held_back`:
-    what its last attempt made is not yet known to be gone. `workers`: all that live."""
+    """What a queued run waits with. `boundary`: as it is queued, with its node group. `active` runs of its tenant are
+    under way, of `concurrent` allowed. `held_back`: what its last attempt made is not yet known to be gone. `workers`:
+    all that live."""
 
     tenant: str
     boundary: str

@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 from service.core.boundary import Capabilities, Guarantees
-from service.core.controls import PLATFORM_CEILINGS, Controls, Limits, apply
+from service.core.controls import Controls, Limits, apply, ceilings
 from service.core.placement import OFFERS, measured
 from service.core.ports.tenants import TenantStore, WorkerStore
-from service.core.tenancy import Quota, Tenant
+from service.core.tenancy import Quota
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ def show_capabilities(tenants: TenantStore, workers: WorkerStore, *, tenant: str
         boundaries=[_boundary(boundary=o.boundary, promised=o.guarantees, live=live) for o in OFFERS],
         runtimes=sorted(runtimes),
         defaults=apply(Controls(), who).limits,
-        ceilings=_ceilings(who),
+        ceilings=ceilings(who.ceilings),
         quota=who.quota,
     )
 
@@ -66,8 +65,3 @@ def _boundary(*, boundary: str, promised: Guarantees, live: Sequence[Capabilitie
         missing=[] if able else list(dict.fromkeys(reasons)),
         versions={name: ", ".join(sorted(found)) for name, found in sorted(versions.items())},
     )
-
-
-def _ceilings(tenant: Tenant) -> Limits:
-    own: dict[str, Any] = {name: value for name, value in tenant.ceilings.limits if value is not None}
-    return Limits(**{name: min(ceiling, own.get(name, ceiling)) for name, ceiling in PLATFORM_CEILINGS})

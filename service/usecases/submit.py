@@ -200,7 +200,7 @@ def _announce(world: Submitting, run: Run) -> None:
     """After the commit: the run is accepted, whatever becomes of this."""
     reach(Failpoint.SUBMIT_BEFORE_RING)
     try:
-        world.doorbell.ring(run.placement.boundary)
+        world.doorbell.ring(run.placement.queue)
     except Unavailable as error:
-        log.warning("doorbell_not_rung", run_id=run.id, boundary=run.placement.boundary, error=error.detail)
+        log.warning("doorbell_not_rung", run_id=run.id, boundary=run.placement.queue, error=error.detail)
     hint(world.hints, topic="outbox", run_id=run.id)

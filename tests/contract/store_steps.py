@@ -1,6 +1,6 @@
 """What the store's tests do again and again. A lease in the past has run out at once: nothing here sleeps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -32,7 +32,7 @@ def add_run(
 
 
 def claim(
-    store: Store, *, boundaries: tuple[str, ...] = ("gvisor",), lease: timedelta = LEASE, **more: Any
+    store: Store, *, boundaries: Sequence[str] = ("gvisor",), lease: timedelta = LEASE, **more: Any
 ) -> Claim | None:
     words = {"worker_id": "wrk_1", "site": "host-1", "runtimes": ["default"]} | more
     return store.claim(boundaries=boundaries, lease=lease, **words)

@@ -5,9 +5,12 @@ from datetime import timedelta
 
 import pytest
 
+from service.core.controls import PLATFORM_CEILINGS
 from service.core.errors import LeaseLost
 from service.core.lease import cancelled
+from service.core.placement import queues
 from service.core.run import ACTIVE, MAX_ATTEMPTS, Outcome, Phase, Reason, Verdict
+from service.core.tenancy import CeilingLimits, Ceilings, Quota
 from tests.contract.conftest import Store
 from tests.contract.store_steps import (
     DAY,
@@ -22,7 +25,7 @@ from tests.contract.store_steps import (
     told,
     types_told,
 )
-from tests.factories import make_bundle, make_result, make_run_id, make_scenario
+from tests.factories import make_bundle, make_capabilities, make_placement, make_result, make_run_id, make_scenario
 
 LOST = Verdict(outcome=Outcome.ERRORED, reason=Reason.WORKER_LOST)
 Write = Callable[[Store, str, int], object]
@@ -62,6 +65,31 @@ class TestClaiming:
         assert before + LEASE <= held.lease_until <= store.now() + LEASE
         assert held.run == store.get_run(run.id, "acme")
         assert types_told(store, run.id) == ["run.queued", "run.provisioning"]
+
+    def test_a_claim_says_what_its_tenant_may_have_at_once_now(self, store: Store) -> None:
+        tenant = add_tenant(store, concurrent=5)
+        add_run(store)
+        own = Ceilings(limits=CeilingLimits(memory=64 * 2**20))
+        store.update_tenant(tenant.model_copy(update={"quota": Quota(concurrent=3), "ceilings": own}))
+
+        share = claimed(store).share
+        assert (share.runs, share.limits.memory) == (3, 64 * 2**20)
+        assert share.limits.disk == PLATFORM_CEILINGS.disk, "what is not the tenant's own is the platform's"
+
+    def test_a_run_on_a_node_group_is_claimed_where_the_group_is(self, store: Store) -> None:
+        add_tenant(store)
+        placement = make_placement(boundary="namespace/runc+affinity", node_group="blue")
+        run = add_run(store, placement=placement)
+        add_run(store, boundary="namespace/runc")
+
+        others = queues([make_capabilities(boundary="namespace/runc", node_groups=frozenset({"red"}))])
+        assert claimed(store, boundaries=others).run.placement.node_group is None
+        assert claim(store, boundaries=others) is None
+        assert not store.waiting(others)
+        assert store.queues_waiting(older_than=timedelta()) == ["namespace/runc+affinity/blue"]
+        theirs = queues([make_capabilities(boundary="namespace/runc", node_groups=frozenset({"blue", "red"}))])
+        held = claimed(store, boundaries=theirs)
+        assert (held.run.id, held.run.placement) == (run.id, placement)
 
     def test_only_what_the_worker_can_build_is_claimed(self, store: Store) -> None:
         add_tenant(store)

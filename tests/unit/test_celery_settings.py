@@ -118,14 +118,16 @@ def test_an_environment_variable_that_overrules_us_is_an_error(name: str, monkey
     [
         ("gvisor", "boundary.gvisor"),
         ("namespace/kata-fc", "boundary.namespace.kata-fc"),
-        ("namespace/runc+affinity", "boundary.namespace.runc+affinity"),
+        ("namespace/runc+affinity/a--b-2", "boundary.namespace.runc+affinity.a--b-2"),
     ],
 )
 def test_each_boundary_has_its_queue(boundary: str, queue: str) -> None:
     assert queue_name(boundary) == queue
 
 
-@pytest.mark.parametrize("word", ["", "../x", "a b", "a\nb", "unacked\x06\x16", "Gvisor", "/gvisor"])
+@pytest.mark.parametrize(
+    "word", ["", "../x", "a b", "a\nb", "unacked\x06\x16", "Gvisor", "/gvisor", "gvisor\n", "gvisor-", "a/-b"]
+)
 def test_what_is_no_boundary_has_no_queue(word: str) -> None:
     with pytest.raises(ValueError, match="not a boundary"):
         queue_name(word)

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from service.core.boundary import BoundaryKind, BoundaryRef, BoundarySpec
+from service.core.boundary import BoundaryKind, BoundaryRef, BoundarySpec, Share, tenant_hash
 from service.core.controls import Limits, Network
 from service.core.errors import ProvisionFailed
 from tests.unit.test_gvisor_render import assert_golden
@@ -20,7 +20,6 @@ from workers.boundaries.namespace.render import (
     render_listener_pod,
     render_namespace,
     render_pod,
-    tenant_hash,
 )
 from workers.kube import Admission, Manifest, pod_faults
 
@@ -38,7 +37,8 @@ def ref_of(variant: str, *, tenant: str = "acme", site: str = "here", run: str =
 
 
 def pod_of(variant: str, **more: object) -> Manifest:
-    return render_pod(ref_of(variant), SPEC, image=IMAGE, words=WORDS, seconds=210, **more)  # type: ignore[arg-type]
+    spec = SPEC.model_copy(update=more)
+    return render_pod(ref_of(variant), spec, image=IMAGE, words=WORDS, seconds=210)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -79,10 +79,22 @@ def test_the_pod_fits_its_own_quota_and_limit_range() -> None:
         most = pod["spec"]["containers"][0]["resources"]["limits"]
         quota = walls["ResourceQuota"]["spec"]["hard"]
         range_ = walls["LimitRange"]["spec"]["limits"][0]["max"]
-        assert int(quota["limits.memory"]) >= int(most["memory"]) + 160 * 2**20, "kata's overhead counts"
-        assert int(quota["limits.cpu"].removesuffix("m")) >= int(most["cpu"].removesuffix("m")) + 250
+        overhead = (0, 0) if variant == "runc" else (160 * 2**20, 250)  # kata's, the largest, counts too
+        assert int(quota["limits.memory"]) >= int(most["memory"]) + overhead[0]
+        assert int(quota["limits.cpu"].removesuffix("m")) >= int(most["cpu"].removesuffix("m")) + overhead[1]
         assert int(range_["memory"]) >= int(most["memory"])
         assert int(range_["cpu"].removesuffix("m")) >= int(most["cpu"].removesuffix("m"))
+
+
+def test_a_tenants_own_namespace_has_what_its_runs_may_have_together_and_no_more() -> None:
+    limits = Limits(cpu=0.5, memory=64 * 2**20)
+    spec = SPEC.model_copy(update={"share": Share(runs=3, limits=limits)})
+    walls = {one["kind"]: one.get("spec", {}) for one in render_namespace(ref_of("runc"), spec)}
+    hard = walls["ResourceQuota"]["hard"]
+    assert (hard["pods"], hard["limits.cpu"], hard["limits.memory"]) == ("3", "1500m", str(3 * 64 * 2**20))
+    assert walls["LimitRange"]["limits"][0]["max"]["memory"] == str(64 * 2**20)
+    own = {one["kind"]: one.get("spec", {}) for one in render_namespace(ref_of("gvisor"), spec)}
+    assert own["ResourceQuota"]["hard"]["pods"] == "1", "a run's own namespace is for that run"
 
 
 def test_soft_runs_share_their_tenants_namespace_and_all_others_have_their_own() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from service.core.boundary import Capabilities, ControlPlane, Guarantees, Kernel, Nodes
 from service.core.controls import Controls, Isolation, Need, apply
 from service.core.errors import PlacementRefused
-from service.core.placement import OFFERS, Placement, Policy, choose, require, strength, version_at_least
+from service.core.placement import OFFERS, Placement, Policy, choose, queues, require, strength, version_at_least
 from service.core.tenancy import Tenant, Trust
 from tests.factories import make_capabilities, make_controls, make_tenant
 
@@ -98,9 +98,12 @@ def test_a_tenant_with_affinity_goes_to_its_own_node_group_where_there_is_one(tr
 
     assert placement.boundary == boundary
     assert placement.guarantees.nodes is Nodes.DEDICATED
+    assert (placement.node_group, placement.queue) == ("gpu", f"{boundary}/gpu")
+    assert placement.queue in queues(offered(node_groups=frozenset({"gpu"})))
+    assert placement.queue not in queues(offered(node_groups=frozenset({"other"})))
     with pytest.raises(PlacementRefused) as refusal:
         choose(tenant, controls, Policy(), offered(boundary.split("+")[0], node_groups=frozenset({"other"})))
-    assert "no live worker has a node in group gpu" in str(refusal.value.extra["candidates"])
+    assert "no live worker has a node in group gpu that is kept for it" in str(refusal.value.extra["candidates"])
 
 
 def test_kind_never_satisfies_privileges_whatever_else_is_asked() -> None:

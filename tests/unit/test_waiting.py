@@ -72,6 +72,18 @@ CASES: dict[str, tuple[QueueView, QueueReason | None, str | None]] = {
         QueueReason.CLEANING_UP,
         "what attempt 2 made is not yet known to be gone",
     ),
+    "its tenant's nodes are gone": (
+        waiting(worker(boundary="namespace/runc"), boundary="namespace/runc+affinity/blue"),
+        QueueReason.NO_WORKER,
+        "no live worker builds namespace/runc+affinity/blue",
+    ),
+    "its tenant's nodes are there": (
+        waiting(
+            worker(boundary="namespace/runc", node_groups=frozenset({"blue"})), boundary="namespace/runc+affinity/blue"
+        ),
+        None,
+        None,
+    ),
     "without a worker nothing else matters": (
         waiting(held_back=True, active=2),
         QueueReason.NO_WORKER,

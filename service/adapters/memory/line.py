@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
 from service.adapters.memory.state import MemoryState, StoredRun
+from service.core.boundary import Share
+from service.core.controls import ceilings
 from service.core.events import EventType
 from service.core.lease import LeaseView, instead_of_another_attempt
 from service.core.news import News
@@ -22,10 +24,12 @@ class MemoryRunLine(MemoryState):
             now = self.now()
             stored.fence += 1
             stored.site, stored.lease_owner, stored.lease_until = site, worker_id, now + lease
-            self._tenants[stored.run.tenant].last_served = now
+            owner = self._tenants[stored.run.tenant]
+            owner.last_served = now
             self._move(stored, Phase.PROVISIONING, attempt=stored.run.attempt + 1, boundary_destroyed_at=None)
             return Claim(
                 run=stored.run,
+                share=Share(runs=owner.tenant.quota.concurrent, limits=ceilings(owner.tenant.ceilings)),
                 fence=stored.fence,
                 scenario=stored.scenario,
                 bundle=stored.bundle,
@@ -130,14 +134,14 @@ class MemoryRunLine(MemoryState):
     def queues_waiting(self, *, older_than: timedelta) -> Sequence[str]:
         with self._lock:
             queued = [s for s in self._runs.values() if s.run.phase is Phase.QUEUED]
-            return sorted({s.run.placement.boundary for s in queued if s.queued_at <= self.now() - older_than})
+            return sorted({s.run.placement.queue for s in queued if s.queued_at <= self.now() - older_than})
 
     def _fairest(self, boundaries: Iterable[str], runtimes: Iterable[str] | None) -> StoredRun | None:
         candidates = [
             stored
             for stored in self._runs.values()
             if stored.claimable
-            and stored.run.placement.boundary in boundaries
+            and stored.run.placement.queue in boundaries
             and (runtimes is None or stored.scenario.runtime in runtimes)
         ]
 

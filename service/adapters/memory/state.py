@@ -53,8 +53,9 @@ class StoredRun:
     def view(self) -> LeaseView:
         return LeaseView(
             run_id=self.run.id,
+            tenant=self.run.tenant,
             phase=self.run.phase,
-            boundary=self.run.placement.boundary,
+            boundary=self.run.placement.queue,
             attempt=self.run.attempt,
             fence=self.fence,
             lease_until=self.lease_until,
@@ -195,7 +196,7 @@ class MemoryState:
         queue = [
             s.run.id
             for s in self._runs.values()
-            if s.run.phase is Phase.QUEUED and s.run.placement.boundary == stored.run.placement.boundary
+            if s.run.phase is Phase.QUEUED and s.run.placement.queue == stored.run.placement.queue
         ]
         position = sum(run_id <= stored.run.id for run_id in queue)
         return stored.run.model_copy(update={"queue_position": position})

@@ -28,7 +28,7 @@ class MemoryWaiting(MemoryWorkers, MemoryCustody):
     def _queue_view(self, stored: StoredRun, workers: tuple[WorkerView, ...]) -> QueueView:
         run = stored.run
         return QueueView(
-            tenant=run.tenant, boundary=run.placement.boundary, runtime=stored.scenario.runtime, attempt=run.attempt,
+            tenant=run.tenant, boundary=run.placement.queue, runtime=stored.scenario.runtime, attempt=run.attempt,
             held_back=not stored.claimable, workers=workers,
             active=sum(s.run.tenant == run.tenant and s.run.phase in ACTIVE for s in self._runs.values()),
             concurrent=self._tenants[run.tenant].tenant.quota.concurrent,

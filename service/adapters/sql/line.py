@@ -30,7 +30,8 @@ from service.adapters.sql.transitions import (
     only,
     sources,
 )
-from service.core.boundary import Bundle
+from service.core.boundary import Bundle, Share
+from service.core.controls import ceilings
 from service.core.errors import LeaseLost
 from service.core.events import EventType
 from service.core.failpoints import Failpoint, reach
@@ -39,9 +40,10 @@ from service.core.news import News
 from service.core.ports.runs import Claim, Heartbeat
 from service.core.run import Phase, Result, Verdict
 from service.core.scenario import Scenario
+from service.core.tenancy import Ceilings
 
 LEASE_VIEW = (
-    run.c.id.label("run_id"), run.c.phase, run.c.boundary, run.c.attempt, run.c.fence, run.c.lease_until,
+    run.c.id.label("run_id"), run.c.tenant, run.c.phase, run.c.boundary, run.c.attempt, run.c.fence, run.c.lease_until,
     run.c.created_at, run.c.destroyed_fence, run.c.quarantined_fence, run.c.cancel_requested_by,
 )  # fmt: skip
 _take = (
@@ -62,7 +64,12 @@ _take = (
 )
 _drains = sa.select(worker.c.id).where(worker.c.id == sa.bindparam("b_worker_id"), worker.c.draining)
 _input = sa.select(run_input.c.scenario, run_input.c.bundle).where(run_input.c.run_id == sa.bindparam("b_run_id"))
-_served = sa.update(tenant).where(tenant.c.name == sa.bindparam("b_tenant")).values(last_served=sa.bindparam("b_at"))
+_served = (
+    sa.update(tenant)
+    .where(tenant.c.name == sa.bindparam("b_tenant"))
+    .values(last_served=sa.bindparam("b_at"))
+    .returning(tenant.c.concurrent, tenant.c.ceilings)
+)
 _held = (
     sa.select(*LEASE_VIEW)
     .where(run.c.id == sa.bindparam("b_run_id"), run.c.fence == sa.bindparam("b_fence"))
@@ -122,7 +129,7 @@ class SqlRunLine(SqlPart):
             if row is None:
                 return None
             claimed = run_of(row)
-            connection.execute(_served, {"b_tenant": row.tenant, "b_at": row.at})
+            owner = connection.execute(_served, {"b_tenant": row.tenant, "b_at": row.at}).one()
             write_phase(
                 connection, claimed, installation=installation, seq=row.last_seq, fence=row.fence, at=row.at,
                 traceparent=row.traceparent,
@@ -131,6 +138,7 @@ class SqlRunLine(SqlPart):
             reach(Failpoint.CLAIM_BEFORE_COMMIT)
         return Claim(
             run=claimed,
+            share=Share(runs=owner.concurrent, limits=ceilings(Ceilings.model_validate_json(owner.ceilings))),
             fence=row.fence,
             scenario=Scenario.model_validate_json(brought.scenario),
             bundle=None if brought.bundle is None else Bundle.model_validate_json(brought.bundle),

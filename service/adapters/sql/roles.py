@@ -51,7 +51,7 @@ RIGHTS: Mapping[str, Mapping[Role, str]] = {
         api="SELECT, INSERT, UPDATE",
         relay="SELECT, INSERT, UPDATE (affinity, ceilings, purged_at)",
         webhooks="SELECT (name, service_id)",
-        worker="SELECT (name, service_id, concurrent, storage_bytes, last_served), UPDATE (last_served)",
+        worker="SELECT (name, service_id, concurrent, storage_bytes, ceilings, last_served), UPDATE (last_served)",
         reaper="SELECT (name, service_id)",
     ),
     "api_key": _row(

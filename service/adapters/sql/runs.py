@@ -60,7 +60,7 @@ class SqlRuns(SqlPart):
         idempotency: tuple[str, str, str] | None = None, max_stored: int | None = None, traceparent: str | None = None,
     ) -> Run:  # fmt: skip
         installation = self.installation_id()
-        boundary = run.placement.boundary
+        boundary = run.placement.queue
         question = {"b_tenant": run.tenant, "b_most": max_queued, "b_boundary": boundary, "b_run_id": run.id}
         with self._db.write() as connection:
             # The tenant's row is locked first, and counted in a statement of its own: in PostgreSQL a statement sees

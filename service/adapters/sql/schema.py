@@ -100,7 +100,7 @@ run = Table(
     "run", metadata,
     Column("id", Text, primary_key=True),  # UUIDv7: newest first is id descending
     Column("tenant", Text, ForeignKey("tenant.name"), nullable=False),
-    Column("boundary", Text, nullable=False),
+    Column("boundary", Text, nullable=False),  # `Placement.queue`: with the node group, where it has one
     Column("runtime", Text, nullable=False),
     Column("phase", Text, nullable=False),
     Column("outcome", Text),

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from service.core.boundary import Bundle
+from service.core.boundary import Bundle, Share
 from service.core.lease import LeaseView
 from service.core.news import Mark, Newest, News, NewsPage
 from service.core.run import Outcome, Phase, Result, Run, Verdict
@@ -109,9 +109,11 @@ class NewsStore(RunStore, Protocol):
 
 
 class Claim(_Frozen):
-    """A run that this worker may act on until its lease ends. The bundle's `path` is filled in from the blobs."""
+    """A run that this worker may act on until its lease ends. The bundle's `path` is filled in from the blobs.
+    `share`: of the run's tenant, as it is now."""
 
     run: Run
+    share: Share
     fence: int
     scenario: Scenario
     bundle: Bundle | None
@@ -141,7 +143,7 @@ class RunLine(Protocol):
         """The fairest waiting run that this worker can build, in one statement: the tenant with the fewest active runs
         below its own cap, then the one served longest ago; its oldest run. Raises fence and attempt, records the lease
         and the BoundaryRef's site, and writes the provisioning event in the same transaction. Never claims a run whose
-        earlier fence's boundary is not yet known to be gone."""
+        earlier fence's boundary is not yet known to be gone. `boundaries`: as `placement.queues` has them."""
         ...
 
     def heartbeat(self, run_id: str, fence: int, *, lease: timedelta) -> Heartbeat: ...

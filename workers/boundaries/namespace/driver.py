@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -22,6 +23,7 @@ from service.core.errors import BoundaryError, BoundaryLost, NotYetDestroyed, Pr
 from service.core.failpoints import Failpoint, reach
 from workers.boundaries.namespace.evidence import Shut, lets_nothing_pass
 from workers.boundaries.namespace.listener import Listener, create
+from workers.boundaries.namespace.nodes import kept_for
 from workers.boundaries.namespace.pod import Pod
 from workers.boundaries.namespace.render import (
     LISTENER_PORT,
@@ -37,7 +39,7 @@ from workers.boundaries.namespace.render import (
     render_pod,
 )
 from workers.boundaries.namespace.sandbox import NamespaceSandbox
-from workers.kube import PREFIX, Cluster, ClusterError, Manifest, Taken
+from workers.kube import PREFIX, Cluster, ClusterError, Denied, Manifest, Taken, together
 
 log = structlog.get_logger()
 
@@ -47,6 +49,8 @@ DEFAULT = "default"
 _READY_S = 60.0
 _CLEAR_S = 20.0
 _CLEAR_AGAIN_S = 1.0
+_ROOM_S = 15.0
+_LOOK_FOR_ROOM_S = 0.25
 _OPENED = PREFIX + "opened"
 """A label with a word that only one attempt to open knows: an object that is there already, and has it, is ours."""
 
@@ -102,7 +106,9 @@ class NamespaceBoundary:
         return self._here()[1]
 
     def warm(self) -> None:
-        """Nothing yet: connections are made when they are used, and the probe keeps the listener there."""
+        """The kubeconfig is read; the probe of the worker's parent keeps the listener there."""
+        with suppress(ClusterError):  # the run will find out for itself
+            self._here()
 
     def close(self) -> None:
         """End what was kept ready."""
@@ -176,10 +182,13 @@ class NamespaceBoundary:
         self._resisted.discard(ref.name)
 
     def _destroy(self, ref: BoundaryRef, *, deadline: float) -> None:
+        """A namespace takes its time to go: it is asked to before the pod is, and looked for after it."""
         namespace = self._pods_namespace(ref)
-        self._delete("Pod", ref, namespace, deadline=deadline)
-        if ref.variant != SOFT:
-            self._delete("Namespace", ref, None, deadline=deadline)
+        around = self._doomed("Namespace", ref, None) if ref.variant != SOFT else None
+        if pod := self._doomed("Pod", ref, namespace):
+            self._see_gone(pod, deadline=deadline)
+        if around:
+            self._see_gone(around, deadline=deadline)
 
     def _pods_namespace(self, ref: BoundaryRef) -> str:
         """A reference that was discovered has the tenant's hash where its name would be."""
@@ -188,23 +197,26 @@ class NamespaceBoundary:
         known = f"bd-t-{ref.tenant}"
         return known if len(ref.tenant) == 40 and self.cluster.get("Namespace", known) else namespace_name(ref)
 
-    def _delete(self, kind: str, ref: BoundaryRef, namespace: str | None, *, deadline: float) -> None:
-        """And see it gone. What has the name and is of another installation or attempt is left alone."""
+    def _doomed(self, kind: str, ref: BoundaryRef, namespace: str | None) -> Manifest | None:
+        """Asked to end, as it was found; None for what is not there, or has the name and is of another installation or
+        attempt: that is left alone."""
         found = self.cluster.get(kind, ref.name, namespace)
         if found is None or not _is_of(found, ref):
-            return
+            return None
         uid = found["metadata"]["uid"]
         self.cluster.delete(kind, ref.name, namespace, uid=uid, grace_s=1 if kind == "Pod" else None)
-        while (left := deadline - time.monotonic()) > 0:
-            for what, seen in self.cluster.watch(kind, namespace, name=ref.name, seconds=min(2.0, left)):
-                if what == "DELETED" and seen["metadata"]["uid"] == uid:
-                    return
-                found = seen
-            again = self.cluster.get(kind, ref.name, namespace)
-            if again is None or again["metadata"]["uid"] != uid:
+        return found
+
+    def _see_gone(self, doomed: Manifest, *, deadline: float) -> None:
+        kind, metadata = doomed["kind"], doomed["metadata"]
+        name, namespace = metadata["name"], metadata.get("namespace")
+        seconds = max(deadline - time.monotonic(), 0.0)
+        for what, seen in self.cluster.watch(kind, namespace, name=name, since=doomed, seconds=seconds):
+            if what == "DELETED" and seen["metadata"]["uid"] == metadata["uid"]:
                 return
-            found = again
-        raise NotYetDestroyed(f"{kind} {ref.name}: {_held_by(found)}")
+        found = self.cluster.get(kind, name, namespace)
+        if found is not None and found["metadata"]["uid"] == metadata["uid"]:
+            raise NotYetDestroyed(f"{kind} {name}: {_held_by(found)}")
 
     def _here(self) -> tuple[Cluster, Listener]:
         if self._host.kubeconfig is None:
@@ -238,16 +250,17 @@ class NamespaceBoundary:
         else:
             self._create(namespace, opened)
         reach(Failpoint.OPEN_HALF_CREATED)
-        for wall in walls:
-            self.cluster.apply(wall)
+        together([partial(self.cluster.apply, wall) for wall in walls])
         lifetime_s = (spec.lifetime or ref.expires_at - datetime.now(UTC)).total_seconds()
         manifest = render_pod(
             ref, spec, image=self._host.image, words=["first", listener, str(LISTENER_PORT)],
             seconds=min(max(math.ceil(lifetime_s), 1), MAX_SECONDS),
         )  # fmt: skip
-        created = self._create(manifest, opened)
+        created = self._create_pod(manifest, opened, cancelled)
         pod = Pod(self.cluster, namespace_name(ref), ref.name, created["metadata"]["uid"], init_at(ref.variant))
-        pod.await_running(cancelled, within_s=_READY_S)
+        running = pod.await_running(cancelled, within_s=_READY_S)
+        if spec.node_group is not None:
+            self._insist_on_group(running["spec"]["nodeName"], spec.node_group)
         times, seconds = pod.await_shut(cancelled)
         if not self.listener.is_there(listener):  # then that it could not be reached shows nothing
             raise BoundaryLost("the listener for the check of network policy went away meanwhile")
@@ -264,6 +277,26 @@ class NamespaceBoundary:
             return create(self.cluster, manifest)
         except Taken as error:
             raise _NameTaken(f"there is a {manifest['kind']} of that name: {error}") from error
+
+    def _create_pod(self, manifest: Manifest, opened: Mapping[str, str], cancelled: Cancellation) -> Manifest:
+        """A soft run's counts against its tenant's quota, where one that has just ended may still be counted: for a
+        while that is waited out. Raises ProvisionFailed, ClusterError."""
+        deadline = time.monotonic() + _ROOM_S
+        while True:
+            try:
+                return self._create(manifest, opened)
+            except Denied as error:
+                if "exceeded quota" not in error.detail:
+                    raise
+                if cancelled.is_set() or time.monotonic() > deadline:
+                    raise ProvisionFailed(f"the tenant's quota has no room for this pod: {error.detail}") from error
+            time.sleep(_LOOK_FOR_ROOM_S)
+
+    def _insist_on_group(self, node: str, group: str) -> None:
+        """Where the pod runs is what counts, not where it was to run. Raises BoundaryLost."""
+        found = self.cluster.get("Node", node)
+        if found is None or kept_for(found) != group:
+            raise BoundaryLost(f"the pod runs on node {node}, which is not kept for group {group}")
 
     def _undo(self, ref: BoundaryRef) -> None:
         with suppress(BoundaryError):  # the reaper has the reference

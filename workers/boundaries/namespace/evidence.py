@@ -2,7 +2,7 @@
 
     runtime, runtime_class    the RuntimeClass in the pod's spec, and its handler; "node default" without one
     runtime_version, node     the pod's node: its container engine, kernel, operating system and kubelet, as its kubelet
-                              says (Node.status.nodeInfo)
+                              says (Node.status.nodeInfo), and the group that it is kept for (Node's label and taint)
     network                   "none" when the namespace's policy lets nothing pass, and our first process in this very
                               pod could not reach the listener that it must not reach
     policy                    that NetworkPolicy's uid, how often the listener was reached before, and for how long
@@ -19,10 +19,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 from service.core.boundary import Evidence
+from workers.boundaries.namespace.nodes import kept_for
 from workers.boundaries.namespace.pod import Pod
-from workers.kube import Cluster, ClusterError, Manifest
+from workers.kube import Cluster, ClusterError, Manifest, together
 
 _OURS = "blastdoor-"
 _PSA = "pod-security.kubernetes.io/enforce"
@@ -42,13 +44,22 @@ def observe(pod: Pod, shut: Shut, *, at: datetime) -> Evidence:
     cluster = pod.cluster
     found = _there(pod.read(), f"pod {pod.name}")
     spec = found["spec"]
-    node = _there(cluster.get("Node", spec["nodeName"]), f"node {spec['nodeName']}")["status"]["nodeInfo"]
-    namespace = _there(cluster.get("Namespace", pod.namespace), f"namespace {pod.namespace}")["metadata"]
-    policy = cluster.get("NetworkPolicy", "default-deny", pod.namespace)
     runtime_class = spec.get("runtimeClassName")
+    read = partial(partial, cluster.get)
+    host_, namespace_, policy, class_ = together(
+        [
+            read("Node", spec["nodeName"]),
+            read("Namespace", pod.namespace),
+            read("NetworkPolicy", "default-deny", pod.namespace),
+            read("RuntimeClass", runtime_class) if runtime_class is not None else lambda: None,
+        ]
+    )
+    host = _there(host_, f"node {spec['nodeName']}")
+    node = host["status"]["nodeInfo"]
+    namespace = _there(namespace_, f"namespace {pod.namespace}")["metadata"]
     handler = None
     if runtime_class is not None:
-        handler = _there(cluster.get("RuntimeClass", runtime_class), f"RuntimeClass {runtime_class}")["handler"]
+        handler = _there(class_, f"RuntimeClass {runtime_class}")["handler"]
     container = spec["containers"][0]
     return Evidence(
         runtime=handler or "node default",
@@ -66,7 +77,7 @@ def observe(pod: Pod, shut: Shut, *, at: datetime) -> Evidence:
         runtime_class=runtime_class,
         node={
             "name": spec["nodeName"], "kernel": node["kernelVersion"], "os": node["osImage"],
-            "kubelet": node["kubeletVersion"],
+            "kubelet": node["kubeletVersion"], "group": kept_for(host),
         },
         policy={
             "uid": policy["metadata"]["uid"] if policy else None, "listener": shut.listener,
@@ -93,12 +104,11 @@ def lets_nothing_pass(policy: Manifest | None) -> bool:
 
 def admission_in_force(cluster: Cluster) -> Sequence[str]:
     """Names of our policies that a binding has deny. Raises ClusterError."""
-    there = {one["metadata"]["name"] for one in cluster.list("ValidatingAdmissionPolicy")}
-    bound = {
-        one["spec"]["policyName"]
-        for one in cluster.list("ValidatingAdmissionPolicyBinding")
-        if "Deny" in one["spec"]["validationActions"]
-    }
+    policies, bindings = together(
+        [partial(cluster.list, f"ValidatingAdmissionPolicy{what}") for what in ("", "Binding")]
+    )
+    there = {one["metadata"]["name"] for one in policies}
+    bound = {one["spec"]["policyName"] for one in bindings if "Deny" in one["spec"]["validationActions"]}
     return sorted(name for name in there & bound if name.startswith(_OURS))
 
 

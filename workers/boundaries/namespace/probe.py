@@ -14,7 +14,7 @@ The canaries run our own program and no guest, so what they say of their kernel 
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from service.core.controls import Limits, Network
 from service.core.errors import BlastdoorError
 from service.core.ids import new_run_id
 from workers.boundaries.namespace.evidence import admission_in_force
+from workers.boundaries.namespace.nodes import groups, is_ready
 from workers.boundaries.namespace.render import SOFT, render_pod
 from workers.kube import ClusterError, Denied, Manifest
 
@@ -53,14 +54,17 @@ def probe(boundary: "NamespaceBoundary") -> Sequence[Capabilities]:
 def _row(boundary: "NamespaceBoundary", variant: str) -> Capabilities:
     missing: list[str] = []
     versions: dict[str, str] = {}
+    node_groups: frozenset[str] = frozenset()
     if boundary.host.kubeconfig is None or not boundary.host.image:
         return Capabilities(boundary=f"{BoundaryKind.NAMESPACE}/{variant}", available=False, missing=(_NO_CLUSTER,))
     try:
-        nodes = [node for node in boundary.cluster.list("Node") if _is_ready(node)]
+        every = boundary.cluster.list("Node")
+        nodes = [node for node in every if is_ready(node)]
         versions = _versions(nodes)
         missing += _lacks(boundary, variant, nodes)
         if not missing and (why := _canary(boundary, variant, nodes)) is not None:
             missing.append(why)
+        node_groups = groups(every, selector=_selector(boundary, variant))
     except BlastdoorError as error:
         missing.append(f"a cluster that answers: {error}")
     digest = boundary.host.image.rpartition("@")[2]
@@ -68,14 +72,16 @@ def _row(boundary: "NamespaceBoundary", variant: str) -> Capabilities:
         boundary=f"{BoundaryKind.NAMESPACE}/{variant}",
         available=not missing,
         missing=tuple(missing),
+        node_groups=node_groups,
         runtimes={"default": digest},
         versions=versions,
     )
 
 
-def _is_ready(node: Manifest) -> bool:
-    conditions = {row["type"]: row["status"] for row in node["status"].get("conditions", ())}
-    return conditions.get("Ready") == "True" and not node["spec"].get("unschedulable")
+def _selector(boundary: "NamespaceBoundary", variant: str) -> Mapping[str, str]:
+    """What the RuntimeClass makes a pod ask of its node."""
+    found = None if variant == SOFT else boundary.cluster.get("RuntimeClass", variant)
+    return ((found or {}).get("scheduling") or {}).get("nodeSelector") or {}
 
 
 def _versions(nodes: Sequence[Manifest]) -> dict[str, str]:

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from service.core.boundary import BoundaryKind, BoundaryRef, BoundarySpec
-from service.core.controls import PLATFORM_CEILINGS, Limits, Network
+from service.core.boundary import BoundaryKind, BoundaryRef, BoundarySpec, tenant_hash
+from service.core.controls import Limits, Network
 from service.core.errors import ProvisionFailed
+from workers.boundaries.namespace.nodes import GROUP_KEY, toleration
 from workers.boundaries.namespace.protocol import INIT, READABLE_INIT
 from workers.kube import PREFIX, Manifest, filled, placeholders, templates
 
@@ -25,14 +26,14 @@ CONTAINER = "run"
 LISTENER_PORT = 4711
 MAX_SECONDS = 1200
 """The longest a pod may live; admission says the same."""
-GROUP_KEY = "blastdoor.node-restriction.kubernetes.io/group"
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 _RUN_ID = re.compile(r"run_[0-9a-f]{32}")
 _LOG_BYTES = 16 * 2**20
 """Local disk of a container: what the kubelet counts there is its log, which has nothing in it."""
 _OVERHEAD_CPU_M, _OVERHEAD_BYTES = 500, 256 * 2**20
 """A quota also counts the RuntimeClass's overhead, of which the largest known (kata) is half of this."""
-_SOFT_PODS = 64
+NOBODY = "0" * 40
+"""In place of a tenant's hash: of what is no tenant's, and shares a node with any."""
 _CPU_SHARED_BY = 4
 """Time, unlike memory, can be promised more than once: a node takes so many times its processors in limits."""
 _FIRST_UID, _UIDS = 100_000, 2**31 - 200_000
@@ -40,10 +41,6 @@ _FIRST_UID, _UIDS = 100_000, 2**31 - 200_000
 
 def hashed(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:40]
-
-
-def tenant_hash(installation: str, tenant: str) -> str:
-    return hashed(f"{installation}/{tenant}")
 
 
 def as_label(text: str) -> str:
@@ -97,23 +94,18 @@ def init_at(variant: str) -> str:
 
 def render_namespace(ref: BoundaryRef, spec: BoundarySpec) -> Sequence[Manifest]:
     """What has to be there before the pod, in the order to apply: the namespace, and its walls. A tenant's shared one
-    does not depend on the run; it has the platform's ceilings."""
+    does not depend on the run: it has what all of the tenant's may have together."""
     stood = _stood(labels(ref))
     shared = ref.variant == SOFT
     if shared:
         stood |= {"run": "", "fence": "", "expires_at": ""}
-    limits = PLATFORM_CEILINGS if shared else spec.limits
-    pods = _SOFT_PODS if shared else 1
-    return _filled({"namespace": namespace_name(ref)} | stood | _sizes(limits, pods))
+    sizes = _sizes(spec.share.limits, spec.share.runs, overhead=False) if shared else _sizes(spec.limits, 1)
+    return _filled({"namespace": namespace_name(ref)} | stood | sizes)
 
 
-def render_pod(
-    ref: BoundaryRef, spec: BoundarySpec, *, image: str, words: Sequence[str], seconds: int,
-    node_group: str | None = None,
-) -> Manifest:  # fmt: skip
+def render_pod(ref: BoundaryRef, spec: BoundarySpec, *, image: str, words: Sequence[str], seconds: int) -> Manifest:
     """A bare pod: trying again is ours, under a new fence. `words`: what our first process is told; `seconds`: after so
-    long the node ends it, whoever is there to see it. `node_group`: the tenant's own, never shared with another
-    tenant. Raises ProvisionFailed for what no pod may be."""
+    long the node ends it, whoever is there to see it. Raises ProvisionFailed for what no pod may be."""
     if ref.variant not in VARIANTS or not 0 < seconds <= MAX_SECONDS:
         raise ProvisionFailed(f"no pod of variant {ref.variant!r} may live for {seconds} s")
     limits = spec.limits
@@ -171,17 +163,18 @@ def render_pod(
     }
     if ref.variant != SOFT:
         pod["spec"]["runtimeClassName"] = ref.variant
-    if node_group is not None:
-        pod["spec"] |= _on_nodes_of(node_group, tenant=tenant_hash(ref.installation, ref.tenant))
+    if spec.node_group is not None:
+        pod["spec"] |= _on_nodes_of(spec.node_group, tenant=tenant_hash(ref.installation, ref.tenant))
     return pod
 
 
 def _on_nodes_of(group: str, *, tenant: str) -> dict[str, Any]:
-    others = {"key": f"{PREFIX}tenant-hash", "operator": "NotIn", "values": [tenant]}
+    """And never beside a pod of another tenant, whoever put it there."""
+    others = {"key": f"{PREFIX}tenant-hash", "operator": "NotIn", "values": [tenant, NOBODY]}
     there = {"key": f"{PREFIX}tenant-hash", "operator": "Exists"}
     return {
         "nodeSelector": {GROUP_KEY: group},
-        "tolerations": [{"key": f"{PREFIX}group", "operator": "Equal", "value": group, "effect": "NoSchedule"}],
+        "tolerations": [toleration(group)],
         "affinity": {
             "podAntiAffinity": {
                 "requiredDuringSchedulingIgnoredDuringExecution": [
@@ -207,7 +200,7 @@ def listener_labels(installation: str, site: str) -> dict[str, str]:
         PREFIX + "kind": BoundaryKind.NAMESPACE.value,
         PREFIX + "variant": SOFT,
         PREFIX + "site": as_label(site),
-        PREFIX + "tenant-hash": "0" * 40,
+        PREFIX + "tenant-hash": NOBODY,
         PREFIX + "run": "",
         PREFIX + "fence": "",
         PREFIX + "expires-at": "",
@@ -257,12 +250,14 @@ LISTENER_SECONDS = 1100
 _OURS = Limits(cpu=0.1, memory=32 * 2**20, disk=2**20)
 
 
-def _sizes(limits: Limits, pods: int) -> dict[str, Any]:
-    millis = math.ceil(limits.cpu * 1000)
+def _sizes(limits: Limits, pods: int, *, overhead: bool = True) -> dict[str, Any]:
+    cpu, memory = math.ceil(limits.cpu * 1000), limits.memory
+    if overhead:
+        cpu, memory = cpu + _OVERHEAD_CPU_M, memory + _OVERHEAD_BYTES
     return {
         "pods": str(pods),
-        "cpu": f"{(millis + _OVERHEAD_CPU_M) * pods}m",
-        "memory": str((limits.memory + _OVERHEAD_BYTES) * pods),
+        "cpu": f"{cpu * pods}m",
+        "memory": str(memory * pods),
         "storage": str(_LOG_BYTES * pods),
         "container_cpu": _millis(limits.cpu),
         "container_memory": str(limits.memory),
