@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from service.core.boundary import BoundaryKind
+from workers.boundaries.namespace.image import ImageRefused, pack
 from workers.kube import Cluster, ClusterError
 from workers.kube.check import Row, State, check
 from workers.kube.install import ENGINE, MAX_S, POOL, Choices, wanted
@@ -120,6 +121,31 @@ def kubeconfig_(
         typer.echo(json.dumps(engine_kubeconfig(admin, seconds=hours * 3600), indent=1))
     except ClusterError as error:
         raise _ended(f"no token for the engine: {error}") from error
+
+
+@cluster.command()
+def image(
+    rootfs: Annotated[
+        Path, typer.Argument(help="A directory: the root file system that runs see.", show_default=False)
+    ],
+    name: Annotated[str, typer.Option(help="REGISTRY/PATH of the image, without a tag.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="The OCI archive to write.", show_default=False)],
+) -> None:
+    """Pack the image of sandboxes: a root file system, and our own first process in it. Prints its name by digest.
+
+    That line is what BLASTDOOR_KUBE_IMAGE and `cluster install` take. Bring the archive to a registry (`skopeo copy
+    oci-archive:FILE docker://NAME`) or to a node (`ctr -n k8s.io images import FILE`). The same tree, the same digest.
+
+    Example:  blastdoor cluster image ./rootfs --name registry.example/blastdoor/run --output run.tar
+
+    Status 0: written; 2: this cannot be an image.
+    """
+    try:
+        typer.echo(pack(rootfs, name, output))
+    except (ImageRefused, OSError) as error:
+        output.unlink(missing_ok=True)
+        typer.echo(f"blastdoor: {error}", err=True)
+        raise typer.Exit(2) from error
 
 
 def engine_kubeconfig(admin: Cluster, *, seconds: int) -> dict[str, Any]:
