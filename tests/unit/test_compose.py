@@ -19,7 +19,8 @@ from cryptography.fernet import Fernet
 from service.settings import Settings
 from tests.deployment import COMPOSE, ROOT, compose, environment_of, rendered
 
-OURS = ("migrate", "api", "relay", "webhooks", "worker", "reaper")
+CLUSTER = ("worker-cluster", "reaper-cluster")
+OURS = ("migrate", "api", "relay", "webhooks", "worker", "reaper", *CLUSTER)
 SITES = ("worker", "reaper")
 SCHEMA = jsonschema_rs.validator_for(json.loads(Path(__file__).with_name("compose-spec.json").read_text()))
 _IS_PINNED = re.compile(r"^[a-z-]+:\d+(\.\d+)+(-[a-z]+)?$")
@@ -111,16 +112,17 @@ def test_servers_are_on_the_network_that_leads_nowhere_and_nobody_else_is_reache
     assert networks["backend"] == {"internal": True}
     for name, service in services.items():
         beyond = set(service["networks"]) - {"backend"}
-        assert beyond == {"api": {"front"}, "webhooks": {"egress"}}.get(name, set()), name
+        outside = {"api": {"front"}, "webhooks": {"egress"}} | {one: {"egress"} for one in CLUSTER}
+        assert beyond == outside.get(name, set()), name
 
 
 def test_each_process_has_only_its_own_user_in_each_server() -> None:
     variables = {name: name.lower() for name in re.findall(r"\$\{([A-Z_]+):\?", COMPOSE.read_text())}
     for name in OURS:
         text = json.dumps(environment_of(name, variables))
-        role = "owner" if name == "migrate" else name
+        role = "owner" if name == "migrate" else name.removesuffix("-cluster")
         assert re.findall(r"//(\w+):(\w+)@postgres", text) == [(f"blastdoor_{role}", f"postgres_{role}_password")]
-        users = [] if name == "migrate" else [(name, f"redis_{name}_password")]
+        users = [] if name == "migrate" else [(role, f"redis_{role}_password")]
         assert re.findall(r"//(\w+):(\w+)@redis", text) == users
         assert ("blastdoor_secrets_key" in text) is (name in ("api", "webhooks"))
 
@@ -180,3 +182,11 @@ def test_worker_and_reaper_may_do_the_same_and_see_the_same_processes() -> None:
     for what in ("cap_add", "security_opt", "volumes", "cgroup", "read_only"):
         assert worker[what] == reaper[what], what
     assert reaper["pid"] == "service:worker"
+
+
+def test_what_makes_pods_in_a_cluster_has_no_privilege_here_and_starts_only_when_asked_for() -> None:
+    for service in (compose()["services"][name] for name in CLUSTER):
+        assert service["profiles"] == ["cluster"]
+        assert not service.keys() & {"cap_add", "cgroup", "pid"}
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["volumes"] == ["state:/var/lib/blastdoor", "./kubernetes:/etc/blastdoor/kubernetes:ro"]
