@@ -25,3 +25,7 @@ class Taken(ClusterError):
 
 class Unreachable(ClusterError):
     """No answer, 429 or 5xx, for as long as we had patience. What was asked may have been done all the same."""
+
+
+class NotBegun(Unreachable):
+    """Nor was it done: what was asked never came to be."""
