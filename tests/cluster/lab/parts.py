@@ -207,6 +207,8 @@ def _build_missing(say: Say) -> None:
         raise NoParts(
             f"a build needs {BUILD_TAKES / 1e9:g} GB below {cache()} for its time: {free / 1e9:.1f} GB are free"
         )
+    for left in cache().glob(".*-????????"):  # by a build that was killed
+        shutil.rmtree(left, ignore_errors=True)
     began = time.monotonic()
     for_now = cache() / ".build"
     go = toolchain(for_now, say) if any(not isinstance(part, DebianPart) for part in todo) else None
