@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.cluster.lab.images import write_image
@@ -13,9 +14,9 @@ PREFIX = "blastdoor.test/"
 _NAME = f"{PREFIX}runtime"
 
 
-def write_runtime(archive: Path, busybox: Path, applets: list[str]) -> str:
-    """-> what the nodes call it: name and digest."""
-    layer = _layer(busybox, applets)
+def write_runtime(archive: Path, busybox: Path, applets: list[str], *, more: Mapping[str, Path] | None = None) -> str:
+    """-> what the nodes call it: name and digest. `more`: path in the image to a file of this machine."""
+    layer = _layer(busybox, applets, more or {})
     write_image(archive, _NAME, layer)
     with tarfile.open(archive) as tar:
         index = tar.extractfile("index.json")
@@ -25,9 +26,9 @@ def write_runtime(archive: Path, busybox: Path, applets: list[str]) -> str:
     return f"{_NAME}@{digest}"
 
 
-def _layer(busybox: Path, applets: list[str]) -> bytes:
+def _layer(busybox: Path, applets: list[str], more: Mapping[str, Path]) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
+    with tarfile.open(fileobj=buffer, mode="w", dereference=True) as tar:
         for name, mode in {"bin": 0o755, ".blastdoor": 0o755, "work": 0o755, "tmp": 0o1777, "etc": 0o755}.items():
             folder = tarfile.TarInfo(name)
             folder.type, folder.mode = tarfile.DIRTYPE, mode
@@ -43,6 +44,12 @@ def _layer(busybox: Path, applets: list[str]) -> bytes:
                 link = tarfile.TarInfo(f"bin/{applet}")
                 link.type, link.linkname = tarfile.SYMTYPE, "busybox"
                 tar.addfile(link)
+        for path, source in more.items():
+            with source.open("rb") as file:
+                entry = tar.gettarinfo(arcname=path, fileobj=file)
+                entry.uid = entry.gid = 0
+                entry.uname = entry.gname = "root"
+                tar.addfile(entry, file)
         data = b"root:x:0:0:root:/:/bin/sh\n"
         entry = tarfile.TarInfo("etc/passwd")
         entry.size, entry.mode = len(data), 0o644

@@ -17,6 +17,17 @@ PODS = "10.244.0.0/16"
 UNLIMITED = ("--kube-api-qps=200", "--kube-api-burst=400")
 """Their own limit, made for clusters of thousands of nodes, would cost seconds at each start."""
 ETCD = "http://127.0.0.1:2379"
+_OWN = ("system:kube-controller-manager", "system:kube-scheduler", "system:apiserver", "system:node:lab", "inside")
+AUDIT = {
+    "apiVersion": "audit.k8s.io/v1",
+    "kind": "Policy",
+    "omitStages": ["RequestReceived"],
+    "rules": [
+        {"level": "None", "users": [*_OWN]},
+        {"level": "None", "userGroups": ["system:serviceaccounts:kube-system"]},
+        {"level": "Metadata"},
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,11 @@ class Place:
     def disk(self) -> Path:
         """Layers of images and what pods write: on disk, since memory is for the pods."""
         return self.state / "disk"
+
+    @property
+    def audit(self) -> Path:
+        """A line of JSON for each request that the API server was asked, but for the control plane's own."""
+        return self.logs / "audit.jsonl"
 
     @property
     def containerd(self) -> Path:
@@ -96,6 +112,8 @@ def api_server(place: Place) -> list[str]:
         f"--kubelet-client-key={pki}/api-to-kubelet.key",
         f"--kubelet-certificate-authority={pki}/ca.crt",
         "--kubelet-preferred-address-types=InternalIP",
+        f"--audit-policy-file={place.config}/audit.json",
+        f"--audit-log-path={place.audit}",
     ]
 
 
@@ -133,6 +151,7 @@ def kubelet(place: Place) -> list[str]:
 def write_configuration(place: Place, parts: Parts, *, cgroup: str) -> None:
     """`cgroup` is the lab's own folder in every hierarchy, as the kernel names it: "/blastdoor-lab-0123abcd"."""
     _write_json(place.config / "kubelet.json", _kubelet(place, cgroup))
+    _write_json(place.config / "audit.json", AUDIT)
     (place.config / "containerd.toml").write_text(_containerd(place, parts))
     (place.config / "runsc.toml").write_text(_runsc(parts))
     (place.config / "resolv.conf").write_text("")
