@@ -11,12 +11,11 @@ import pytest
 
 from tests.cluster.lab import parts
 from tests.cluster.lab.outside import Lab, NoLab, running_lab
-from tests.cluster.namespaces import site
+from tests.cluster.namespaces import GIVEN, site
 from tests.cluster.whole_way import ground
 from tests.summary import ran
 
 __all__ = ["ground", "site"]
-GIVEN = ("KUBECONFIG_FOR_TESTS", "KUBECONFIG")
 BUILD_WITHIN_S = 3600
 START_WITHIN_S = 300
 

@@ -29,6 +29,8 @@ from workers.boundaries.namespace.driver import NamespaceBoundary, NamespaceHost
 from workers.boundaries.namespace.render import labels, listener_namespace, namespace_name
 from workers.kube import ClusterError
 
+GIVEN = ("KUBECONFIG_FOR_TESTS", "KUBECONFIG")
+"""For a cluster that is given: the first that is set counts."""
 GIVEN_IMAGE = "BLASTDOOR_KUBE_IMAGE_FOR_TESTS"
 """For a cluster that is given: the name by digest of an image of ours that its nodes can have."""
 DIED = 86
@@ -51,15 +53,18 @@ class Site:
 
 
 @pytest.fixture(scope="session")
-def site(request: pytest.FixtureRequest, kubeconfig: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Import it where it is used."""
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Import it where it is used. Of a cluster that is given, else the lab: kind has no gVisor."""
     folder = tmp_path_factory.mktemp("site")
     lab: Lab | None = None
     image = os.environ.get(GIVEN_IMAGE, "")
-    if not image:
+    if image:
+        kubeconfig: Path = request.getfixturevalue("kubeconfig")
+    elif any(os.environ.get(variable) for variable in GIVEN):
+        pytest.skip(f"{GIVEN_IMAGE} names no image that the nodes of this cluster can have")
+    else:
         lab = request.getfixturevalue("lab")
-        if lab.kubeconfig != kubeconfig:
-            pytest.skip(f"{GIVEN_IMAGE} names no image that the nodes of this cluster can have")
+        kubeconfig = lab.kubeconfig
         image = load_runtime(lab, folder / "runtime.tar")
     ready = make_ready(kubeconfig, folder)
     yield Site(ready, image, lab)

@@ -9,11 +9,10 @@ import pytest
 
 from tests.cluster.lab.components import Place
 from tests.cluster.lab.parts import Parts
-from tests.cluster.namespaces import NamespaceKind, Site, site
+from tests.cluster.namespaces import NamespaceKind, Site
 from tests.sandboxes import Never, make_spec, shell
 from workers.boundaries.namespace.driver import NamespaceBoundary
 
-__all__ = ["site"]
 BLASTDOOR = Path(sys.executable).with_name("blastdoor")
 
 

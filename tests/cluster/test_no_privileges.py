@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.namespaces import NamespaceKind, Site, site
+from tests.cluster.namespaces import NamespaceKind, Site
 from tests.contained import argv_of
 from tests.deployment import ROOT, compose
 from tests.sandboxes import Never, Sink, artifact_limits, make_spec, shell
 from workers.boundaries.namespace.driver import NamespaceBoundary, NamespaceHost
-
-__all__ = ["site"]
 
 
 @pytest.mark.parametrize("variant", ["gvisor"])
