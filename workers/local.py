@@ -7,7 +7,7 @@ a boundary is unclaimed: then only what has outlived its own lifetime is not tak
 import getpass
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from service.core.cleanup import (
     InventoryRow,
     PlannedAction,
     Scope,
+    named,
     plan_actions,
     state_of,
 )
@@ -60,9 +61,11 @@ class LocalCleanup:
     unreachable: str | None
     boundaries: Mapping[BoundaryKind, Boundary]
     installation: str
+    unlisted: dict[BoundaryKind, Exception] = field(default_factory=dict)
+    """Kinds that could not be listed, so that nothing is known of them, and why."""
 
     def plan(self, scope: Scope, *, force: bool) -> Sequence[PlannedAction]:
-        """What would be done. Raises BlastdoorError, OSError when the platform cannot be listed."""
+        """What would be done. Raises BlastdoorError, OSError when no kind can be listed."""
         rows, now = self._rows()
         return plan_actions(rows, scope, now=now, force=force)
 
@@ -87,20 +90,33 @@ class LocalCleanup:
             self.store.close()
 
     def _rows(self) -> tuple[list[InventoryRow], datetime]:
-        refs = [ref for one in self.boundaries.values() for ref in one.discover()]
-        refs = [ref for ref in refs if ref.installation == self.installation]
+        refs = [ref for ref in self._discovered() if ref.installation == self.installation]
         if self.store is None:
             now = datetime.now(UTC)
             states = [BoundaryState.OVERDUE if now >= ref.expires_at else BoundaryState.LIVE for ref in refs]
         else:
             now = self.store.now()
             views = self.store.leases_of({ref.run_id for ref in refs})
+            refs = [named(ref, views.get(ref.run_id)) for ref in refs]
             states = [state_of(ref, views.get(ref.run_id), now=now) for ref in refs]
         rows = [
             InventoryRow(ref=ref, created_at=ref.created_at or _claimed_after(ref), observed_at=now, state=state)
             for ref, state in zip(refs, states, strict=True)
         ]
         return rows, now
+
+    def _discovered(self) -> list[BoundaryRef]:
+        """A cluster that is away does not keep anybody from this host's own sandboxes."""
+        found: list[BoundaryRef] = []
+        for kind, boundary in self.boundaries.items():
+            try:
+                found += boundary.discover()
+            except (BlastdoorError, OSError) as error:
+                log.warning("cannot list what exists", kind=str(kind), why=str(error))
+                self.unlisted[kind] = error
+        if len(self.unlisted) == len(self.boundaries):
+            raise next(iter(self.unlisted.values()))
+        return found
 
     def _result(self, line: PlannedAction) -> str:
         ref = line.ref

@@ -20,6 +20,7 @@ from service.core.cleanup import (
     Check,
     Observed,
     Order,
+    named,
     recheck,
     resists_too_long,
     state_of,
@@ -65,7 +66,7 @@ def host_now() -> datetime:
 
 
 class Reaper:
-    """Of one site. Keeps nothing between two passes but what is in the store.
+    """Of one site. Keeps nothing between two passes but what is in the store, and since when a kind cannot be listed.
 
     `host_now` is this host's clock. By it alone the boundaries of probes live, which no database knows of: the same
     clock said until when. All else goes by the database's."""
@@ -73,12 +74,13 @@ class Reaper:
     def __init__(
         self, boundaries: Iterable[Boundary], runs: ReaperStore, hints: Hints, *, installation: str, site: str,
         quarantine_after: timedelta = QUARANTINE_AFTER, on_quarantine: Callable[[], None] = lambda: None,
-        host_now: Callable[[], datetime] = host_now,
+        silent_after: timedelta = SITE_SILENT, host_now: Callable[[], datetime] = host_now,
     ) -> None:  # fmt: skip
         self._by_kind = {boundary.kind: boundary for boundary in boundaries}
         self._runs, self._hints = runs, hints
         self._installation, self._site = installation, site
         self._quarantine_after, self._on_quarantine = quarantine_after, on_quarantine
+        self._silent_after, self._silent_since = silent_after, dict[BoundaryKind, datetime]()
         self._host_now = host_now
 
     def sweep(self) -> Swept:
@@ -95,6 +97,7 @@ class Reaper:
         recorded = sum(self._record(run_id, fence) for run_id, fence in facts)
         still = [ref for ref in unwanted if ref.name in resisted]
         quarantined = [ref for ref in still if self._is_quarantined(ref, resisted[ref.name])]
+        quarantined += self._quarantine_unlisted(world.listed, unclaimed)
         return Swept(tuple(destroyed), tuple(still), recorded, tuple(quarantined))
 
     def look(self) -> _World:
@@ -110,7 +113,7 @@ class Reaper:
         views = self._runs.leases_of({ref.run_id for ref in refs})
         found = [
             Observed(
-                ref=ref,
+                ref=named(ref, views.get(ref.run_id)),
                 state=state_of(
                     ref,
                     views.get(ref.run_id),
@@ -183,6 +186,27 @@ class Reaper:
             self._hints.hint("outbox", ref.run_id)
         return True
 
+    def _quarantine_unlisted(
+        self, listed: Mapping[BoundaryKind, Sequence[BoundaryRef] | None], unclaimed: Iterable[LeaseView]
+    ) -> list[BoundaryRef]:
+        """A platform that does not answer for long, such as a cluster that is away, is as a silent site: what it had
+        is neither there nor gone. Said once for each -> those of which it is said now."""
+        now = self._runs.now()
+        self._silent_since = {kind: self._silent_since.get(kind, now) for kind, refs in listed.items() if refs is None}
+        silent = {kind for kind, since in self._silent_since.items() if now - since >= self._silent_after}
+        if not silent:
+            return []
+        rows = [row for row in self._runs.inventory(self._site) if row.ref.kind in silent]
+        newly = [row.ref for row in rows if self._runs.mark_quarantined(self._site, row.ref.name)]
+        for ref in newly:
+            log.warning("cannot be listed; its boundary is quarantined", boundary=ref.name, kind=str(ref.kind))
+            self._on_quarantine()
+        for view in unclaimed:
+            unsaid = _kind_of(view) in silent and view.quarantined_fence < view.fence
+            if unsaid and self._runs.record_quarantined(view.run_id, view.fence):
+                self._hints.hint("outbox", view.run_id)
+        return newly
+
     def _record(self, run_id: str, fence: int) -> int:
         if not self._runs.record_destroyed(run_id, fence):
             return 0
@@ -226,8 +250,12 @@ def _absent(
     """Nobody acted on these runs before the world was listed, and the world has no trace of their boundaries: the
     worker died before it created anything, or after it destroyed everything."""
     there = {kind: {(ref.run_id, ref.fence) for ref in refs} for kind, refs in listed.items() if refs is not None}
-    kinds = [(view, BoundaryKind(view.boundary.split("/")[0].split("+")[0])) for view in unclaimed]
+    kinds = [(view, _kind_of(view)) for view in unclaimed]
     return [view for view, kind in kinds if kind in there and (view.run_id, view.fence) not in there[kind]]
+
+
+def _kind_of(view: LeaseView) -> BoundaryKind:
+    return BoundaryKind(view.boundary.split("/")[0].split("+")[0])
 
 
 def _discovered(boundary: Boundary) -> list[BoundaryRef] | None:

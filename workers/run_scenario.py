@@ -31,6 +31,7 @@ from service.core.errors import (
     NotYetDestroyed,
     ProvisionFailed,
     QuotaExceeded,
+    SandboxBroken,
     StorageFull,
     TooLarge,
     Unavailable,
@@ -250,6 +251,8 @@ def _move(watch: Watch, live: Live, write: Callable[[tuple[News, ...]], T]) -> T
 
 
 def _errored(error: Exception) -> Verdict:
+    if isinstance(error, SandboxBroken):
+        return Verdict(outcome=Outcome.FAILED, reason=Reason.EXIT_CODE, message=str(error))
     if isinstance(error, BoundaryLost):
         return Verdict(outcome=Outcome.ERRORED, reason=Reason.BOUNDARY_LOST, message=str(error))
     return Verdict(outcome=Outcome.ERRORED, reason=Reason.INTERNAL, message="an error inside the platform")

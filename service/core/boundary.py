@@ -191,6 +191,7 @@ class Ended(StrEnum):
     WALL_TIMEOUT = "wall_timeout"
     LIMIT = "limit"  # the host ended it; `limits` says why
     CANCELLED = "cancelled"
+    BROKEN = "broken"  # the guest ended what holds or watches it: never a success, and not our failure
     LOST = "lost"  # the sandbox died, and nothing that the host saw explains it
 
 

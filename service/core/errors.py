@@ -17,6 +17,7 @@ BlastdoorError
 └── BoundaryError           the wall's side
     ├── ProvisionFailed     the boundary could not be made
     ├── BoundaryLost        it died under a step, and no limit of the run explains it
+    │   └── SandboxBroken   by the guest's own doing: the run has failed
     └── NotYetDestroyed     something of it still exists
 
 `api/errors.py` has the one table from these to problem+json.
@@ -135,6 +136,10 @@ class ProvisionFailed(BoundaryError):
 
 class BoundaryLost(BoundaryError):
     code = "boundary_lost"
+
+
+class SandboxBroken(BoundaryLost):
+    """What was to read what a guest left, or to end it, was ended by the guest: its own failure, and never a pass."""
 
 
 class NotYetDestroyed(BoundaryError):

@@ -68,6 +68,10 @@ def judge_step(n: int, step: Step, execution: Execution) -> JudgedStep:
     if reason := _TIMEOUTS.get(execution.ended):
         message = f"step {n}: {'the step' if reason is Reason.STEP_TIMEOUT else 'the run'} took longer than allowed"
         return _not_passed(base, StepOutcome.TIMED_OUT, reason, message)
+    if execution.ended is Ended.BROKEN:
+        why = Failure(expectation="exit_code", expected=step.expect.exit_code, actual=execution.message)
+        base = base.model_copy(update={"failures": (why,)})
+        return _not_passed(base, StepOutcome.FAILED, Reason.EXIT_CODE, f"step {n}: {execution.message}")
     failures = () if execution.ended is Ended.LIMIT else tuple(_failures(step, execution))
     if execution.ended is Ended.LIMIT or (failures and execution.limits):
         limit = next(limit for limit in _LIMIT_ORDER if limit in execution.limits)

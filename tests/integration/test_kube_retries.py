@@ -5,13 +5,19 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 from kubernetes import client
 
-from workers.kube import Cluster, ClusterError, Denied, Manifest, Taken, Unreachable
+from service.core.boundary import BoundaryKind
+from tests.sandboxes import make_ref, make_spec
+from workers.boundaries.namespace.listener import create
+from workers.boundaries.namespace.render import render_namespace, render_pod
+from workers.kube import Cluster, ClusterError, Denied, Manifest, Taken, Unreachable, connection
 
 POD: Manifest = {
     "apiVersion": "v1",
@@ -136,6 +142,15 @@ def hangs_up(after: bool) -> Fault:
     return fault
 
 
+def hangs(handler: Handler, done: bool) -> None:
+    """Does it, and says nothing for as long as anybody waits."""
+    if done:
+        handler.connection.settimeout(20)
+        with suppress(OSError):
+            handler.connection.recv(1)  # the client hangs up first
+        raise _Cut
+
+
 FAULTS = {
     "429 before": refuses(429, Retry_After="0"),
     "500 before": refuses(500),
@@ -144,7 +159,26 @@ FAULTS = {
     "500 after": does_and_answers(500),
     "504 after": does_and_answers(504),
     "cut after": hangs_up(after=True),
+    "time-out after": hangs,
 }
+
+
+def _things_of_a_run() -> dict[str, Manifest]:
+    """All that the driver makes, by kind and name, in its order: the namespace, its walls, the pod."""
+    ref = make_ref(installation="inst0", run_id="run_" + "0" * 31 + "1")
+    ref = ref.model_copy(update={"kind": BoundaryKind.NAMESPACE, "variant": "gvisor"})
+    pod = render_pod(ref, make_spec(), image="x@sha256:" + "0" * 64, words=["first", "10.0.0.7", "4711"], seconds=60)
+    things = [*render_namespace(ref, make_spec()), pod]
+    return {f"{one['kind']} {one['metadata']['name']}": one for one in things}
+
+
+THINGS = _things_of_a_run()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second is long enough to wait for an answer that never comes."""
+    monkeypatch.setattr(connection, "ANSWER_S", 1.0)
 
 
 @pytest.fixture
@@ -216,6 +250,33 @@ def test_what_is_deleted_is_gone_whatever_happens_to_the_answer(server: Server, 
     server.faults.append(("DELETE", FAULTS[fault]))
     cluster.delete("Pod", "run", "bd", uid=uid)
     assert server.objects == {}
+
+
+def test_a_run_is_made_of_these() -> None:
+    assert {name.split()[0] for name in THINGS} >= {"Namespace", "NetworkPolicy", "ResourceQuota", "LimitRange", "Pod"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("thing", THINGS)
+def test_each_thing_of_a_run_is_there_once_and_goes_whatever_happens_to_the_answers(
+    server: Server, cluster: Cluster, thing: str, fault: str
+) -> None:
+    """As the driver makes it: what only one attempt may have is created, its walls are applied."""
+    manifest = deepcopy(THINGS[thing])
+    kind, name, namespace = manifest["kind"], manifest["metadata"]["name"], manifest["metadata"].get("namespace")
+    server.faults += [("POST", FAULTS[fault]), ("PATCH", FAULTS[fault]), ("DELETE", FAULTS[fault])]
+    if kind in ("Namespace", "Pod"):
+        made = create(cluster, manifest)
+        assert server.asked.count("POST") == 2
+        assert made["metadata"]["uid"] in {one["metadata"].get("uid") for one in server.objects.values()}
+    else:
+        cluster.apply(manifest)
+        assert server.asked.count("PATCH") == 2
+    assert [(one["kind"], one["metadata"]["name"]) for one in server.objects.values()] == [(kind, name)]
+
+    if kind in ("Namespace", "Pod"):
+        cluster.delete(kind, name, namespace, uid=made["metadata"]["uid"])
+        assert server.objects == {}, "and with a namespace all that is in it"
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -22,7 +22,7 @@ from workers.boundaries.namespace.protocol import (
     step_request,
 )
 
-REPORT = b"exited 3\ncpu_us 1500000\ntasks 4\ndisk_full 0\noom_kills 1\npeak_bytes 4096\n"
+REPORT = b"exited 3\ntook_ms 250\ncpu_us 1500000\ntasks 4\ndisk_full 0\noom_kills 1\npeak_bytes 4096\n"
 
 
 def frame(kind: bytes, data: bytes) -> bytes:
@@ -70,7 +70,7 @@ def test_what_makes_no_sense_is_never_half_believed(bad: bytes) -> None:
 
 
 def test_a_report_says_what_the_node_must_say_too() -> None:
-    rest = b"cpu_us 0\ntasks 0\ndisk_full 0\n"
+    rest = b"took_ms 0\ncpu_us 0\ntasks 0\ndisk_full 0\n"
     assert read_report(b"exited 139\n" + rest).status == 139
     assert read_report(b"signalled 11\n" + rest).status == 139, "told apart by the report, agreed on by both"
     assert read_report(b"not_started 2\n" + rest).status == 127
@@ -80,7 +80,7 @@ def test_a_step_is_words_with_their_sizes_and_too_many_are_none() -> None:
     request = step_request(make_step("echo", "a b", stdin=b"12345"), Limits(pids=9, open_files=16, disk=2**20))
     assert request is not None
     size, words, variables, stdin, pids, files, most = struct.unpack_from("<IIIQQQQ", request)
-    assert (words, stdin, pids, files, most) == (2, 5, 11, 16, 2**20 + 4096)
+    assert (words, stdin, pids, files, most) == (2, 5, 12, 16, 2**20 + 4096)
     assert len(request) == struct.calcsize("<IIIQQQQ") + size
     assert request[-size:].split(b"\0")[:2] == [b"echo", b"a b"]
     assert request.endswith(b"\0")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import structlog
 
-from service.core.boundary import BoundaryKind, BoundaryRef
-from service.core.cleanup import ActionKind, BoundaryState, PlannedAction, state_of
+from service.core.boundary import BoundaryKind, BoundaryRef, tenant_hash
+from service.core.cleanup import ActionKind, BoundaryState, PlannedAction, Scope, plan_actions, state_of
 from service.core.errors import BoundaryError, NotYetDestroyed
 from service.core.ids import new_run_id
 from service.core.lease import LeaseView
@@ -223,11 +223,73 @@ def test_an_order_about_another_installations_boundary_touches_nothing(site: Sit
     assert site.standing == [(foreign.run_id, 1)]
 
 
-def test_where_the_platform_cannot_be_listed_an_order_waits() -> None:
-    class Blind(FakeBoundary):
-        def discover(self) -> Iterator[BoundaryRef]:
-            raise BoundaryError("the platform does not answer")
+class Blind(FakeBoundary):
+    """Its platform does not answer, for as long as it is told."""
 
+    sees = False
+
+    def discover(self) -> Iterator[BoundaryRef]:
+        if not self.sees:
+            raise BoundaryError("the platform does not answer")
+        return super().discover()
+
+
+def test_what_a_platform_has_that_does_not_answer_for_long_is_quarantined_until_it_does(
+    logged: list[MutableMapping[str, Any]],
+) -> None:
+    blind, counted = Blind(), list[str]()
+    site = SiteWorld(boundary=blind)
+    reaper = Reaper(
+        [blind], site.store, site.hints, installation=INSTALLATION, site=SITE, silent_after=timedelta(minutes=5),
+        on_quarantine=lambda: counted.append("one"),
+    )  # fmt: skip
+    lost, (name,) = site.run(Phase.RUNNING), tuple(site.world.labels)
+    blind.sees = True
+    assert reaper.sweep().destroyed == ()
+    blind.sees = False
+
+    site.clock.now += RUN_OUT
+    assert reaper.sweep().quarantined == ()
+    site.clock.now += timedelta(minutes=4, seconds=59)
+    assert reaper.sweep().quarantined == ()
+    assert states(site) == {name: "live"}, "as it was when it was last seen"
+    site.clock.now += timedelta(seconds=1)
+    assert [ref.name for ref in reaper.sweep().quarantined] == [name]
+    assert reaper.sweep().quarantined == (), "it is said once"
+    assert states(site) == {name: "quarantined"}
+    assert types_told(site.store, lost.run.id).count("boundary.quarantined") == len(counted) == 1
+    assert {entry["boundary"] for entry in logged if "is quarantined" in entry["event"]} == {name}
+    assert site.standing, "nothing was destroyed blindly, and nothing is called gone"
+
+    blind.sees = True
+    assert [ref.name for ref in reaper.sweep().destroyed] == [name]
+    assert states(site) == {}
+    assert types_told(site.store, lost.run.id)[-1] == "boundary.destroyed"
+
+
+def test_a_tenant_of_whom_only_a_hash_was_read_back_is_called_by_its_name_where_the_run_is_known(
+    site: SiteWorld,
+) -> None:
+    held = site.run(Phase.RUNNING, built=False)
+    hashed = tenant_hash(INSTALLATION, "acme")
+    known = site.build(held.run.id, fence=held.fence, tenant=hashed)
+    orphan = site.build(new_run_id(), fence=1, tenant=hashed)
+    another = site.build(new_run_id(), fence=1, tenant=tenant_hash(INSTALLATION, "globex"))
+    liar = site.build(held.run.id, fence=held.fence + 1, tenant=tenant_hash(INSTALLATION, "globex"))
+    Reaper([site.boundary], site.store, site.hints, installation=INSTALLATION, site=SITE).look()
+
+    rows = {row.ref.name: row for row in site.store.inventory(SITE)}
+    assert {name: row.ref.tenant for name, row in rows.items()} == {
+        known.name: "acme",
+        orphan.name: hashed,  # its run is in no database
+        another.name: another.tenant,
+        liar.name: liar.tenant,  # a label that contradicts the database is shown as it is
+    }
+    planned = plan_actions(rows.values(), Scope(tenant="acme"), now=site.clock.now, force=True)
+    assert {line.ref.name for line in planned} == {known.name, orphan.name}
+
+
+def test_where_the_platform_cannot_be_listed_an_order_waits() -> None:
     site = SiteWorld()
     ref = site.build(new_run_id(), fence=1)
     line = PlannedAction(ref=ref, action=ActionKind.DESTROY, why="")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.adapters.memory import MemoryStore
-from service.core.errors import BoundaryLost, ProvisionFailed, Unavailable
+from service.core.errors import BoundaryLost, ProvisionFailed, SandboxBroken, Unavailable
 from service.core.lease import Recovery, recover
 from service.core.run import MAX_ATTEMPTS, Outcome, Phase, Reason, Result, Run, StepOutcome
 from service.core.scenario import Step
@@ -164,6 +164,19 @@ def test_a_sandbox_that_is_lost_while_it_is_collected_is_not_our_own_error(theat
 
     assert (run.outcome, run.reason) == (Outcome.ERRORED, Reason.BOUNDARY_LOST)
     assert run.message == "processes of the sandbox do not end: [7]"
+    assert theatre.stage.is_empty
+
+
+def test_a_sandbox_that_the_guest_broke_while_it_is_collected_has_failed(theatre: Theatre) -> None:
+    def break_() -> None:
+        raise SandboxBroken("the guest killed what was sent to list")
+
+    theatre.stage.acts["collecting"] = break_
+
+    run = theatre.play(PASSES)
+
+    assert (run.outcome, run.reason) == (Outcome.FAILED, Reason.EXIT_CODE)
+    assert run.message == "the guest killed what was sent to list"
     assert theatre.stage.is_empty
 
 

@@ -47,6 +47,7 @@ class TestOutcome:
             (make_execution(exit_code=139), StepOutcome.FAILED, Reason.EXIT_CODE),
             (make_execution(exit_code=None, signal=11), StepOutcome.FAILED, Reason.EXIT_CODE),
             (make_execution(ended=Ended.NOT_STARTED, message="no such program"), StepOutcome.FAILED, Reason.EXIT_CODE),
+            (make_execution(exit_code=None, ended=Ended.BROKEN), StepOutcome.FAILED, Reason.EXIT_CODE),
             (make_execution(ended=Ended.STEP_TIMEOUT), StepOutcome.TIMED_OUT, Reason.STEP_TIMEOUT),
             (make_execution(ended=Ended.WALL_TIMEOUT), StepOutcome.TIMED_OUT, Reason.WALL_TIMEOUT),
             *(
@@ -88,6 +89,14 @@ class TestOutcome:
         assert judge(make_execution(exit_code=3), expect={"exit_code": 3}).reason is None
         assert judge(make_execution(exit_code=None, signal=11), expect={"exit_code": None}).reason is None
         assert judge(make_execution(), expect={"exit_code": 3}).reason is Reason.EXIT_CODE
+
+    def test_a_sandbox_that_the_guest_broke_is_a_failure_whatever_was_expected_and_tolerated(self) -> None:
+        broken = make_execution(exit_code=None, ended=Ended.BROKEN, message="the guest ended it", sandbox_alive=False)
+
+        judged = judge(broken, expect={"exit_code": None}, continue_on_failure=True)
+
+        assert (judged.result.outcome, judged.stops) == (StepOutcome.FAILED, True)
+        assert judged.result.failures[0].actual == "the guest ended it"
 
 
 class TestRun:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.core.boundary import Cancellation, Listener
-from service.core.errors import BoundaryLost, ProvisionFailed
+from service.core.errors import BoundaryLost, ProvisionFailed, SandboxBroken
 from workers.boundaries.namespace.protocol import read_finding
 from workers.boundaries.namespace.render import CONTAINER
 from workers.kube import Cluster, ClusterError, ExecEnded, Manifest
@@ -17,6 +17,9 @@ _WORD_S = 20.0
 _SHUT_S = 25.0
 _MOST_SAID = 1024
 _KILL_TRIES = 5
+_SIGNALLED = 128
+KILLED = _SIGNALLED + 9
+ENDED_FROM_WITHIN = "the guest ended the first process of its pod"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Pod:
             )
         except ClusterError as error:
             raise BoundaryLost(f"our program in the pod could not be asked to {words[0]}: {error}") from error
+        if ended.why == "exited" and ended.exit_code == KILLED:
+            raise SandboxBroken(f"the guest killed what was sent to {words[0]}")
         if ended.why != "exited" or ended.exit_code != 0:
             raise BoundaryLost(f"our program in the pod could not {words[0]}: {shown(ended)}")
         return bytes(said)
@@ -75,6 +80,14 @@ class Pod:
                     raise
             else:
                 return
+
+    def blamed(self, error: BoundaryLost) -> BoundaryLost:
+        """The same, or SandboxBroken where it is known that the guest did it."""
+        try:
+            found = self.read()
+        except ClusterError:
+            return error
+        return SandboxBroken(ENDED_FROM_WITHIN) if found is not None and ended_from_within(found) else error
 
     def is_over(self) -> bool:
         """Whether the node says that nothing of it runs any more, or that it does not exist."""
@@ -144,6 +157,15 @@ def ended_by(pod: Manifest) -> str:
     `DeadlineExceeded`."""
     status = pod.get("status", {})
     return str(status.get("reason") or _state(pod).get("terminated", {}).get("reason", ""))
+
+
+def ended_from_within(pod: Manifest) -> bool:
+    """Whether our first process was ended by a signal, and the node did not send it: it says so when it does. On the
+    node's own kernel no guest can; gVisor lets it. A sandbox that dies as a whole (its kernel crashed, somebody on the
+    node killed it) has status 128 (measured with containerd), which is no signal's."""
+    by_the_node = pod.get("status", {}).get("reason") or "deletionTimestamp" in pod["metadata"]
+    own_kernel = "runtimeClassName" in pod["spec"]
+    return bool(own_kernel and not by_the_node and ended_by(pod) == "Error" and (exit_code(pod) or 0) > _SIGNALLED)
 
 
 def exit_code(pod: Manifest) -> int | None:

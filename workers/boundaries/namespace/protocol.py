@@ -23,11 +23,16 @@ _REQUEST = struct.Struct("<IIIQQQQ")
 _INCOMING = struct.Struct("<BHQ")
 _FRAME = struct.Struct("<cI")
 _FOUND = struct.Struct("<BHIQ")
+_COUNT = struct.Struct("<Q")
+_OWN_INODES = 3
+"""Of the volume: its root, /work and /tmp."""
 _FRAME_BYTES = 64 * 1024
 _PAGE = 4096
-_OURS = 2
-"""Processes of ours with the guest's uid while a step runs: the pod's first, and the one that watches the step."""
-_KNOWN = {"exited", "signalled", "not_started", "cpu_us", "tasks", "disk_full", "oom_kills", "peak_bytes"}
+_OURS = 3
+"""Processes with the guest's uid while a step runs, beside its own: the one that holds the pod's namespaces (`pause`),
+our first, and the one that watches the step."""
+_ALWAYS = {"took_ms", "cpu_us", "tasks", "disk_full"}
+_KNOWN = {"exited", "signalled", "not_started", "oom_kills", "peak_bytes"} | _ALWAYS
 
 
 class Garbled(BoundaryLost):
@@ -75,12 +80,13 @@ def fetch_request(paths: Sequence[bytes]) -> bytes:
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """How a step ended, by the kernel's wait status, and what was seen meanwhile. Exactly one of the first three is
-    set; `not_started` is an errno. `oom_kills` and `peak_bytes` are the container's so far; None where it has no such
-    file."""
+    set; `not_started` is an errno. `took_s` is by the clock in the pod. `oom_kills` and `peak_bytes` are the
+    container's so far; None where it has no such file."""
 
     exited: int | None
     signalled: int | None
     not_started: int | None
+    took_s: float
     cpu_s: float
     tasks: int
     disk_full: bool
@@ -105,6 +111,8 @@ class Frames:
     streams: Mapping[str, Callable[[bytes], None]]
     """`o` and `e` to who is told its bytes."""
     report: Report | None = None
+    files: int = 0
+    """Files and directories in /work and /tmp, when they were counted last."""
     _pending: bytearray = field(default_factory=bytearray)
 
     def feed(self, chunk: bytes) -> None:
@@ -120,6 +128,8 @@ class Frames:
             del self._pending[: _FRAME.size + size]
             if kind == b"s":
                 self.report = read_report(data)
+            elif kind == b"f" and size == _COUNT.size:
+                self.files = max(_COUNT.unpack(data)[0] - _OWN_INODES, 0)
             elif (tell := self.streams.get(kind.decode("latin-1"))) is not None:
                 tell(data)
             else:
@@ -134,12 +144,13 @@ def read_report(data: bytes) -> Report:
     except ValueError as error:
         raise Garbled(f"a step's report cannot be read: {error}") from error
     ends = [key for key in ("exited", "signalled", "not_started") if key in values]
-    if len(ends) != 1 or set(values) - _KNOWN or not {"cpu_us", "tasks", "disk_full"} <= set(values):
+    if len(ends) != 1 or set(values) - _KNOWN or not set(values) >= _ALWAYS:
         raise Garbled(f"a step's report has the wrong lines: {sorted(values)}")
     return Report(
         exited=values.get("exited"),
         signalled=values.get("signalled"),
         not_started=values.get("not_started"),
+        took_s=values["took_ms"] / 1e3,
         cpu_s=values["cpu_us"] / 1e6,
         tasks=values["tasks"],
         disk_full=bool(values["disk_full"]),

@@ -106,7 +106,10 @@ class NamespaceSandbox:
         if not self._guest.alive and self._pod.is_over():
             return _nothing_left(limits, usage)
         self._guest.alive = False
-        found, _ = collect(self._pod, patterns, limits=limits, sink=sink, usage=usage)
+        try:
+            found, _ = collect(self._pod, patterns, limits=limits, sink=sink, usage=usage)
+        except BoundaryLost as error:
+            raise self._pod.blamed(error) from error
         return found
 
     def about(self) -> bytes:

@@ -1,6 +1,9 @@
 """Plays one step in a pod. Its end is what the node's kubelet says of our program, which watches the step's process and
 takes its status over; the report on our program's own stream tells a signal from an exit status above 128, and both
 must agree. Where they do not, nothing passed.
+
+What the API server is late with is not held against the guest: when a step's time is over, the API server is asked
+first, and what it still brings is judged by the pod's own clock.
 """
 
 import os
@@ -12,16 +15,27 @@ from functools import partial
 from service.core.boundary import Cancellation, Ended, Execution, Limit, Listener, StepSpec
 from service.core.controls import Limits
 from service.core.errors import BoundaryLost
-from workers.boundaries.namespace.pod import Pod, ended_by, is_over, shown
+from workers.boundaries.namespace.pod import (
+    ENDED_FROM_WITHIN,
+    KILLED,
+    Pod,
+    ended_by,
+    ended_from_within,
+    is_over,
+    shown,
+)
 from workers.boundaries.namespace.protocol import Frames, Garbled, Report, step_request
 from workers.capture import HeadAndTail
 from workers.kube import ClusterError, ExecEnded
 
 _OUTPUT_FACTOR = 64
 """A run that prints so many times its limit is ended."""
-_KILLED = 128 + 9
 _TOLD_WITHIN_S = 3.0
 """The kubelet looks at its containers once a second."""
+_QUICK_S = 1.0
+_LATE_S, _VERY_LATE_S = 0.2, 3.0
+"""What an API server may still bring of a step whose time is over: one that answers as ever, and one that was away."""
+_PATIENCE_S = 120.0
 _CHUNK = 256 * 1024
 _E2BIG = 7
 
@@ -74,6 +88,9 @@ class _Play:
         self._message = ""
         self._exit_code: int | None = None
         self._signal: int | None = None
+        self._ends_at = self._may_take_s = float("inf")
+        self._told_until: float | None = None
+        """Once its time is over: until when its end may still be told."""
 
     def run(self) -> Execution:
         request = step_request(self._step, self._guest.limits)
@@ -81,19 +98,22 @@ class _Play:
             self._message = os.strerror(_E2BIG)
             return self._execution(Ended.NOT_STARTED, 0.0)
         started_at = time.monotonic()
-        self._ends_at = started_at + self._step.timeout_s
+        self._may_take_s = min(self._step.timeout_s, self._guest.wall_ends_at - started_at)
+        self._ends_at = started_at + self._may_take_s
         try:
             ended = self._guest.pod.command(
                 "step", stdin=_chunks(request, self._step.stdin), on_output=self._take, stop=self._is_over,
-                deadline=self._guest.wall_ends_at + self._step.timeout_s,
+                deadline=self._ends_at + _PATIENCE_S,
             )  # fmt: skip
         except ClusterError as error:
             ended = ExecEnded("lost", message=str(error))
         duration_s = time.monotonic() - started_at
         why = self._why(ended)
+        if self._told_until is not None and why is Ended.EXITED and self._frames.report is not None:
+            duration_s = self._frames.report.took_s  # the rest is the API server's
         if why in (Ended.STEP_TIMEOUT, Ended.WALL_TIMEOUT):
             self._clear()
-        elif why not in (Ended.EXITED, Ended.NOT_STARTED):
+        elif why not in (Ended.EXITED, Ended.NOT_STARTED, Ended.BROKEN):
             self._guest.end()
         return self._execution(why, duration_s)
 
@@ -119,18 +139,35 @@ class _Play:
         elif self._guest.printed_bytes > _OUTPUT_FACTOR * self._guest.limits.output:
             self._limits.add(Limit.OUTPUT)
             self._over = Ended.LIMIT
+        elif self._has_too_many_files():
+            self._over = Ended.LIMIT
         elif self._guest.cancelled.is_set():
             self._over = Ended.CANCELLED
-        elif now >= self._guest.wall_ends_at:
-            self._over = Ended.WALL_TIMEOUT
         elif now >= self._ends_at:
-            self._over = Ended.STEP_TIMEOUT
+            self._over = self._late(now)
         return self._over is not None
+
+    def _late(self, now: float) -> Ended | None:
+        """The time is over: for a guest that goes on, and not only for one whose end we were not told."""
+        if self._told_until is None:
+            try:
+                there = self._guest.pod.read() is not None
+            except ClusterError as error:
+                self._message = f"the step's time was over, and the API server was away: {error}"
+                return Ended.LOST
+            answered = time.monotonic()
+            # One that is gone has ended its connection, or is about to.
+            quick = there and answered - now < _QUICK_S
+            self._told_until = answered + (_LATE_S if quick else _VERY_LATE_S)
+        return self._timeout() if now >= self._told_until else None
+
+    def _timeout(self) -> Ended:
+        return Ended.WALL_TIMEOUT if self._ends_at >= self._guest.wall_ends_at else Ended.STEP_TIMEOUT
 
     def _why(self, ended: ExecEnded) -> Ended:
         if self._over is not None or ended.why == "deadline":
-            self._message = str(self._garbled or "")
-            return self._over or Ended.WALL_TIMEOUT
+            self._message = str(self._garbled or self._message)
+            return self._over or self._timeout()
         report = self._frames.report
         if ended.why == "exited" and report is not None and ended.exit_code == report.status:
             return self._reported(report)
@@ -147,6 +184,10 @@ class _Play:
         if (report.oom_kills or 0) > guest.oom_kills:
             self._limits.add(Limit.MEMORY)
             return Ended.LIMIT
+        if self._told_until is not None and report.took_s >= self._may_take_s:
+            return self._timeout()
+        if self._has_too_many_files():
+            return Ended.LIMIT
         if report.not_started is not None:
             self._message = f"{self._step.argv[0]}: {os.strerror(report.not_started)}"
             return Ended.NOT_STARTED
@@ -154,19 +195,30 @@ class _Play:
         self._exit_code, self._signal = report.exited, report.signalled
         return Ended.EXITED
 
+    def _has_too_many_files(self) -> bool:
+        """No volume of a pod can refuse a file for their number: they are counted ten times a second, and above the
+        limit the run is ended, also when it is seen only as the step ends."""
+        if self._frames.files > self._guest.limits.files:
+            self._limits.add(Limit.FILES)
+        return Limit.FILES in self._limits
+
     def _unreported(self, ended: ExecEnded) -> Ended:
         """Our program ended without a word, or was contradicted. Who ended it: the node, for want of memory or because
         somebody deleted the pod; else the guest, which may send signals to what has its uid."""
         try:
             pod = self._guest.pod.await_end(within_s=_TOLD_WITHIN_S)
         except (BoundaryLost, ClusterError):  # it goes on, or nobody can say
-            if ended.why == "exited" and ended.exit_code == _KILLED and self._clear():
-                self._signal, self._message = 9, "the process that watched the step was killed by the guest"
-                return Ended.EXITED
+            if ended.why == "exited" and ended.exit_code == KILLED:
+                self._message = "the guest killed the process that watched the step"
+                self._clear()
+                return Ended.BROKEN
             pod = self._last_seen()
         if pod is not None and ended_by(pod) == "OOMKilled":
             self._limits.add(Limit.MEMORY)
             return Ended.LIMIT
+        if pod is not None and ended_from_within(pod):
+            self._guest.alive, self._message = False, ENDED_FROM_WITHIN
+            return Ended.BROKEN
         over = f"the pod ended: {ended_by(pod) or 'for no reason given'}" if pod and is_over(pod) else ""
         self._message = over or f"the step was lost: {self._message or shown(ended)}"
         return Ended.LOST

@@ -77,11 +77,20 @@ static char *put_line(char *at, const char *key, long value) {
     return put_text(put_number(put_text(at, key), (uint64_t)value), "\n");
 }
 
-static void look(long *most_tasks, long *disk_full) { /* what passes, and must be seen while it lasts */
+static void say_files(uint64_t files) { /* how many there are, when it is news: the engine judges, and ends us */
+    static uint64_t told;
+    if (files == told) return;
+    told = files;
+    if (!frame('f', (const char *)&files, sizeof files)) leave(OURS_FAILED);
+}
+
+static void look(long ended, long *most_tasks, long *disk_full) { /* what passes, and must be seen while it lasts */
     long tasks = 0;
     struct statfs space;
-    if (others(&tasks) >= 0 && tasks > *most_tasks) *most_tasks = tasks;
-    if (call(SYS_statfs, "/work", &space, 0, 0) == 0 && space.f_bfree == 0) *disk_full = 1;
+    if (others(&tasks) >= 0 && tasks + ended > *most_tasks) *most_tasks = tasks + ended;
+    if (call(SYS_statfs, "/work", &space, 0, 0) != 0) return;
+    if (space.f_bfree == 0) *disk_full = 1;
+    say_files((uint64_t)space.f_files - (uint64_t)space.f_ffree);
 }
 
 static int pass_on(int from, char kind, size_t most) { /* 1: something came; 0: nothing now; -1: it has ended */
@@ -121,6 +130,7 @@ __attribute__((noreturn)) static void step(void) {
     if (ended < 0 || call(SYS_pipe2, in, O_CLOEXEC, 0, 0) || call(SYS_pipe2, out, O_CLOEXEC, 0, 0) ||
         call(SYS_pipe2, err, O_CLOEXEC, 0, 0) || call(SYS_pipe2, said, O_CLOEXEC, 0, 0))
         leave(OURS_FAILED);
+    long begun = now_ms();
     child = call6(SYS_clone, SIGCHLD, 0, 0, 0, 0, 0);
     if (child < 0) leave(OURS_FAILED);
     if (child == 0) be_guest(&asked, (int[3]){in[0], out[1], err[1]}, said[1]);
@@ -163,10 +173,12 @@ __attribute__((noreturn)) static void step(void) {
         }
         if (now_ms() >= looked + LOOK_MS) {
             looked = now_ms();
-            look(&most_tasks, &disk_full);
+            look(0, &most_tasks, &disk_full);
         }
         if (call(SYS_wait4, child, &state, WNOHANG, &spent) == child) break;
     }
+    long took_ms = now_ms() - begun;
+    look(1, &most_tasks, &disk_full); /* what ended was there beside those that it left: a shell that cannot fork ends */
     /* What it wrote before it ended is in the pipes, never more than a pipe holds; what an orphan adds is not its. */
     for (int i = 0; i < 2; i++) {
         int from = i ? err[0] : out[0];
@@ -174,7 +186,6 @@ __attribute__((noreturn)) static void step(void) {
         if (left < 0) left = CHUNK;
         while (left > 0 && (got = pass_on(from, i ? 'e' : 'o', (size_t)left)) > 0) left -= got;
     }
-    look(&most_tasks, &disk_full);
     read_all(said[0], &failed, sizeof failed);
     int status = (int)(state & 0x7f ? 128 + (state & 0x7f) : state >> 8 & 0xff);
     char *end = report;
@@ -183,6 +194,7 @@ __attribute__((noreturn)) static void step(void) {
     else end = put_line(end, "exited ", status);
     end = put_line(end, "cpu_us ", (spent.ru_utime.tv_sec + spent.ru_stime.tv_sec) * 1000000 + spent.ru_utime.tv_usec +
                                        spent.ru_stime.tv_usec);
+    end = put_line(end, "took_ms ", took_ms);
     end = put_line(end, "tasks ", most_tasks);
     end = put_line(end, "disk_full ", disk_full);
     end = put_line(end, "oom_kills ", either(counted("/sys/fs/cgroup/memory.events", "oom_kill "),
