@@ -6,14 +6,18 @@ LOCK := .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --gen
 	--no-header --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench soak fuzz lock clean
+.PHONY: help demo demo-cluster test check bench soak fuzz lock clean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: root ## Start everything on this machine, run four scenarios and an application of many customers, and leave nothing behind
 	@scripts/setup.sh
 	@$(PYTHON) examples/demo.py $(ARGS)
+
+demo-cluster: root ## Three tenants behind three walls in a Kubernetes cluster (KUBECONFIG and BLASTDOOR_KUBE_IMAGE, else the lab)
+	@scripts/setup.sh
+	@$(PYTHON) examples/demo_cluster.py $(ARGS)
 
 test: root ## Run every test, two files at a time, in real sandboxes; ARGS="-k words" chooses some
 	@scripts/setup.sh
