@@ -5,7 +5,7 @@ They come with a kubeconfig of somebody who may do everything there; workers com
 
 import base64
 import json
-import os
+import secrets
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import structlog
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -21,13 +22,15 @@ from rich.table import Table
 from service.core.boundary import BoundaryKind
 from workers.boundaries.namespace.image import ImageRefused, pack
 from workers.kube import Cluster, ClusterError
-from workers.kube.check import Row, State, check
+from workers.kube.check import Row, State, check, matrix
 from workers.kube.install import ENGINE, MAX_S, POOL, Choices, wanted
 from workers.registry import Warmable, load
 
 cluster = typer.Typer(no_args_is_help=True, help="A Kubernetes cluster that sandboxes are made in.")
 _COLOURS = {State.ENFORCED: "green", State.PRESENT: "green", State.UNTRIED: "yellow", State.DIFFERS: "yellow"}
 _PROBED_WITHIN_S = 3600
+_WIDE = 200
+"""Columns, where nobody looks at a terminal."""
 
 Kubeconfig = Annotated[
     Path, typer.Option(envvar="KUBECONFIG", help="Of an administrator of the cluster; one file.", show_default=False)
@@ -47,6 +50,12 @@ Pool = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")]
 _POOL = ",".join(f"{key}={value}" for key, value in POOL.items())
+
+
+@cluster.callback()
+def _logs_elsewhere() -> None:
+    """Standard output is the answer; what drivers log goes elsewhere."""
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
 
 
 @cluster.command()
@@ -192,7 +201,7 @@ def _with_pods(admin: Cluster, image: str, choices: Choices) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="blastdoor-") as folder:
         theirs = Path(folder) / "kubeconfig"
         theirs.write_text(json.dumps(engine_kubeconfig(admin, seconds=_PROBED_WITHIN_S)))
-        boundary = load(BoundaryKind.NAMESPACE, _Here(theirs, image, f"check{os.getpid()}"))
+        boundary = load(BoundaryKind.NAMESPACE, _Here(theirs, image, f"check{secrets.token_hex(6)}"))
         try:
             for row in boundary.probe():
                 said = "; ".join(row.missing) or "its kernel, network policy, PodSecurity, quota: as they must be"
@@ -226,7 +235,20 @@ def _ended(said: str) -> typer.Exit:
 
 
 def _show(rows: Sequence[Row]) -> None:
-    grid = Table.grid(padding=(0, 2))
-    for row in rows:
-        grid.add_row(escape(row.defence), f"[{_COLOURS.get(row.state, 'red')}]{row.state}[/]", escape(row.detail))
-    Console(soft_wrap=not sys.stdout.isatty()).print(grid)
+    grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for title in ("defence", "present", "enforced"):
+        grid.add_column(title, no_wrap=True)
+    grid.add_column("")
+    for line in matrix(rows):
+        grid.add_row(escape(line.defence), _coloured(line.present), _coloured(line.enforced), escape(line.detail))
+    tried = sum(row.state is State.ENFORCED for row in rows)
+    amiss = sum(not row.holds for row in rows)
+    console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else _WIDE, highlight=False)
+    console.print(grid)
+    console.print(
+        f"\n{tried} enforced: tried just now, and held. {amiss or 'Nothing'} amiss.", style="red" if amiss else "green"
+    )
+
+
+def _coloured(state: State | None) -> str:
+    return f"[{_COLOURS.get(state, 'red')}]{state}[/]" if state is not None else "-"

@@ -1,8 +1,6 @@
 """`blastdoor cluster`: what it applies, what it says of a cluster that has it, and of one where something is amiss."""
 
 import json
-import os
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,16 @@ def ran(command: str, *arguments: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
+def defences(*arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
+    """-> the exit status, and what is said of each defence; its standard output is one JSON document."""
+    done = CliRunner().invoke(cluster, ["check", *arguments, "--json"])
+    return done.exit_code, {row["defence"]: row for row in json.loads(done.stdout)["defences"]}
+
+
 def states(kubeconfig: Path) -> tuple[int, dict[str, str]]:
     """-> the exit status, and the state of each defence."""
-    status, said = ran("check", "--kubeconfig", str(kubeconfig), *OURS, "--json")
-    return status, {row["defence"]: row["state"] for row in json.loads(said)["defences"]}
+    status, found = defences("--kubeconfig", str(kubeconfig), *OURS)
+    return status, {name: row["state"] for name, row in found.items()}
 
 
 @pytest.fixture
@@ -51,6 +55,20 @@ def test_a_cluster_that_was_made_ready_holds_in_every_line(ready: Ready) -> None
     assert [defence for defence, state in found.items() if state == "untried"] == ["sandboxes"]
     assert {"PodSecurity", "admission of pods", "quota", "exec by another", "the engine elsewhere"} <= tried
     assert {"flow control", "priority", "rights of the engine"} <= tried
+
+
+def test_the_table_says_of_each_whether_it_is_there_and_whether_it_held(ready: Ready) -> None:
+    status, said = ran("check", "--kubeconfig", str(ready.kubeconfig), *OURS)
+    assert status == 0
+    lines = {line.split("  ")[0]: line.split() for line in said.splitlines()}
+    assert lines["defence"] == ["defence", "present", "enforced"]
+    assert lines["admission of pods"][3:6] == ["present", "enforced", "refused,"]
+    assert lines["PodSecurity"][1:3] == [
+        "-",
+        "enforced",
+    ]  # it stands in each run's namespace, not in what was installed
+    assert lines["RuntimeClass kata-fc"][2:] == ["present", "-"]
+    assert "Nothing amiss." in said
 
 
 def test_installing_says_what_it_applies_and_may_be_done_again(ready: Ready) -> None:
@@ -88,27 +106,28 @@ def test_a_policy_that_only_warns_differs_and_is_inert(ready: Ready, restored: C
     assert found["ValidatingAdmissionPolicyBinding blastdoor-pods"] == "differs"
 
 
-def test_a_sandbox_that_is_made_shows_its_kernel_and_that_policy_is_enforced(site: Site, restored: object) -> None:
-    """And where the controller of network policy is there but inert, that is what is said."""
+def test_a_sandbox_that_is_made_shows_its_kernel(site: Site, restored: Callable[[str, str], Manifest]) -> None:
+    """And where the class is there but another runtime answers to its name, that is what is said. (A controller of
+    network policy that is there but inert: test_namespace_probe.)"""
     given = ["--kubeconfig", str(site.ready.kubeconfig), "--image", site.image, "--pool", ""]
     assert ran("install", *given)[0] == 0
 
     def tried() -> dict[str, dict[str, str]]:
-        rows = json.loads(ran("check", *given, "--json")[1])["defences"]
-        return {row["defence"]: row for row in rows if row["defence"].startswith("sandboxes")}
+        return {name: row for name, row in defences(*given)[1].items() if name.startswith(("sandboxes", "Runtime"))}
 
     found = eventually(lambda: seen if (seen := tried())["sandboxes namespace/gvisor"]["state"] == "enforced" else {})
-    assert {row["state"] for row in found.values()} == {"enforced"}
-    assert set(found) == {"sandboxes namespace/runc", "sandboxes namespace/gvisor"}
-    if site.lab is None:
-        pytest.skip("only the lab's controller can be made inert")
-    os.kill(site.lab.pid("policy"), signal.SIGUSR1)
+    assert found["sandboxes namespace/runc"]["state"] == "enforced"
+    gvisor = restored("RuntimeClass", "gvisor")
+    site.ready.admin.delete("RuntimeClass", "gvisor")
     try:
+        site.ready.admin.create(gvisor | {"handler": "runc"})
         found = tried()
     finally:
-        os.kill(site.lab.pid("policy"), signal.SIGUSR2)
-    assert {row["state"] for row in found.values()} == {"inert"}
-    assert all("policy" in row["detail"] for row in found.values())
+        site.ready.admin.delete("RuntimeClass", "gvisor")  # a handler is never changed, so it is made anew
+    assert found["RuntimeClass gvisor"] == {"defence": "RuntimeClass gvisor", "state": "differs", "detail": "handler"}
+    assert found["sandboxes namespace/gvisor"]["state"] == "inert"
+    assert "its handler 'runc' shares the node's kernel" in found["sandboxes namespace/gvisor"]["detail"]
+    assert found["sandboxes namespace/runc"]["state"] == "enforced"
 
 
 def test_rights_that_were_added_are_named(ready: Ready, restored: object) -> None:

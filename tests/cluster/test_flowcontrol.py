@@ -15,7 +15,8 @@ from workers.kube import Cluster, Manifest, Unreachable
 from workers.kube.install import wanted
 
 __all__ = ["ready"]
-LEVEL = "PriorityLevelConfiguration"
+LEVEL, SCHEMA = "PriorityLevelConfiguration", "FlowSchema"
+NEIGHBOUR = "neighbour"
 CALLERS = 48
 NEIGHBOURS_CALLS = 40
 TOO_MANY = 429
@@ -88,7 +89,7 @@ def test_the_engines_share_is_a_small_one(ready: Ready) -> None:
 
 
 def test_an_engine_that_asks_too_much_is_sent_away_and_its_neighbour_is_not(ready: Ready, narrow: None) -> None:
-    neighbour = Cluster.from_kubeconfig(ready.kubeconfig, patience_s=0, acting_as="neighbour")
+    neighbour = Cluster.from_kubeconfig(ready.kubeconfig, patience_s=0, acting_as=NEIGHBOUR)
     with flood(lambda: Cluster.from_kubeconfig(ready.engine_kubeconfig, patience_s=0)) as history:
         eventually(lambda: "sent away" in history and "served" in history)
         for _ in range(NEIGHBOURS_CALLS):
@@ -99,6 +100,50 @@ def test_an_engine_that_asks_too_much_is_sent_away_and_its_neighbour_is_not(read
     rejected = metrics(ready, "apiserver_flowcontrol_rejected_requests_total")
     assert rejected["blastdoor-engine"] > 0
     assert {level for level, number in rejected.items() if number} == {"blastdoor-engine"}
+
+
+@pytest.fixture
+def neighbour_within(ready: Ready) -> Iterator[None]:
+    """As it would be without a share of the engine's own: whoever it is that asks, there is one for both."""
+    schema = next(one for one in wanted(CHOICES) if one["kind"] == SCHEMA)
+    rule = schema["spec"]["rules"][0] | {"subjects": [{"kind": "User", "user": {"name": NEIGHBOUR}}]}
+    spec = schema["spec"] | {"matchingPrecedence": 899, "rules": [rule]}
+    made = ready.admin.apply(schema | {"metadata": {"name": "neighbour"}, "spec": spec})
+    neighbour = Cluster.from_kubeconfig(ready.kubeconfig, patience_s=0, acting_as=NEIGHBOUR)
+
+    def counted_under() -> str:
+        headers = neighbour.raw("GET", "/api").headers
+        return {key.lower(): value for key, value in headers.items()}["x-kubernetes-pf-flowschema-uid"]
+
+    try:
+        eventually(lambda: counted_under() == made["metadata"]["uid"])
+        yield
+    finally:
+        ready.admin.delete(SCHEMA, "neighbour")
+        eventually(lambda: counted_under() != made["metadata"]["uid"])
+        neighbour.close()
+
+
+def _status(caller: Cluster) -> int | None:
+    """Of one refusal."""
+    try:
+        caller.raw("GET", "/api")
+    except Unreachable as error:
+        return error.status
+    return None
+
+
+def test_a_neighbour_without_a_share_apart_from_the_engines_is_sent_away(
+    ready: Ready, neighbour_within: None, narrow: None
+) -> None:
+    """The control: the same load, the same calls."""
+    neighbour = Cluster.from_kubeconfig(ready.kubeconfig, patience_s=0, acting_as=NEIGHBOUR)
+    with flood(lambda: Cluster.from_kubeconfig(ready.engine_kubeconfig, patience_s=0)) as history:
+        eventually(lambda: "sent away" in history and "served" in history)
+        statuses = [_status(neighbour) for _ in range(NEIGHBOURS_CALLS)]
+    assert TOO_MANY in statuses
+    assert set(statuses) <= {TOO_MANY, None}
+    neighbour.close()
 
 
 def test_an_engine_that_was_sent_away_goes_on_when_there_is_room(ready: Ready, narrow: None) -> None:

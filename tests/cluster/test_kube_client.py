@@ -13,6 +13,7 @@ import pytest
 from tests.cluster.lab.outside import Lab
 from tests.cluster.pods import WITHIN_S, eventually, pod
 from workers.kube import Cluster, ClusterError, ExecEnded, Manifest, Taken, Unreachable
+from workers.kube.connection import CONNECT_S
 
 FORGED = (
     b'{"metadata":{},"status":"Failure","reason":"NonZeroExitCode",'
@@ -182,6 +183,19 @@ def test_a_watch_says_what_is_there_and_then_what_changes(cluster: Cluster, room
     assert seen == [("ADDED", "1"), ("MODIFIED", "2"), ("DELETED", "2")]
 
 
+def test_a_watch_since_an_object_tells_only_what_came_after(cluster: Cluster, room: str) -> None:
+    old = cluster.apply(config(room, "since", a="1"))
+    cluster.apply(config(room, "since", a="2"))
+    cluster.delete("ConfigMap", "since", room)
+    cluster.apply(config(room, "since", a="3"))
+    seen = []
+    for what, found in cluster.watch("ConfigMap", room, name="since", since=old, seconds=WITHIN_S):
+        seen.append((what, found["data"]["a"]))
+        if len(seen) == 3:
+            break
+    assert seen == [("MODIFIED", "2"), ("DELETED", "2"), ("ADDED", "3")]
+
+
 def test_a_watch_ends_after_its_time(cluster: Cluster, room: str) -> None:
     began = time.monotonic()
     assert list(cluster.watch("Pod", room, labels={"no": "such"}, seconds=0.5)) == []
@@ -209,6 +223,32 @@ def test_an_api_server_that_is_away_for_a_while_is_waited_for(lab: Lab, room: st
         assert patient.get("Namespace", "default")
     finally:
         wake.join()
+    patient.close()
+
+
+def test_a_command_for_an_api_server_that_is_away_begins_when_it_is_back(lab: Lab, room: str, running: str) -> None:
+    """And says when: the time of a step does not run before."""
+    patient = Cluster.from_kubeconfig(lab.kubeconfig, patience_s=WITHIN_S)
+    server, began = lab.pid("kube-apiserver"), list[float]()
+    os.kill(server, signal.SIGSTOP)
+    woken = list[float]()
+
+    def wake() -> None:
+        woken.append(time.monotonic())
+        os.kill(server, signal.SIGCONT)
+
+    timer = threading.Timer(CONNECT_S + 1, wake)  # so that one attempt, at least, has failed
+    timer.start()
+    try:
+        ended = patient.exec_(
+            room, running, "main", ["/bin/sh", "-c", "exit 7"], on_output=lambda *_: None,
+            deadline=time.monotonic() + WITHIN_S, begins=lambda: began.append(time.monotonic()),
+        )  # fmt: skip
+    finally:
+        timer.join()
+    assert ended == ExecEnded("exited", 7)
+    assert len(began) == 1
+    assert began[0] > woken[0]
     patient.close()
 
 

@@ -7,7 +7,7 @@ Nothing runs: pods are sent as dry runs into one namespace of this check's own, 
 running pod can show (that `gvisor` is gVisor, that network policy is enforced) the probe of the boundary shows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from enum import StrEnum
@@ -31,6 +31,10 @@ class State(StrEnum):
     INERT = "inert"  # tried, and it did not hold
 
 
+_COMPARED = (State.MISSING, State.DIFFERS, State.PRESENT)
+"""What only looking says, the worst first."""
+
+
 @dataclass(frozen=True)
 class Row:
     defence: str
@@ -40,6 +44,55 @@ class Row:
     @property
     def holds(self) -> bool:
         return self.state in {State.ENFORCED, State.PRESENT, State.UNTRIED}
+
+
+def _policy(name: str) -> tuple[str, ...]:
+    return f"ValidatingAdmissionPolicy blastdoor-{name}", f"ValidatingAdmissionPolicyBinding blastdoor-{name}"
+
+
+MADE_OF = {
+    "admission of pods": (*_policy("pods"), "ConfigMap admission"),
+    "exec by another": _policy("interactive"),
+    "attach by another": _policy("interactive"),
+    "portforward by another": _policy("interactive"),
+    "contents by another": _policy("contents"),
+    "our labels by another": _policy("namespaces"),
+    "the engine elsewhere": _policy("engine"),
+    "priority": ("PriorityClass blastdoor-low",),
+    "flow control": ("FlowSchema blastdoor-engine", "PriorityLevelConfiguration blastdoor-engine"),
+    "rights of the engine": tuple(
+        f"{kind} blastdoor-engine" for kind in ("ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
+    ),
+    "sandboxes namespace/gvisor": ("RuntimeClass gvisor",),
+}
+"""Defences that are tried, and what of the installed makes them; the others stand in each run's own namespace."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Of the matrix: is it there as we would have it, and did it hold when it was tried just now. None: there is
+    nothing of the kind to be said."""
+
+    defence: str
+    present: State | None
+    enforced: State | None
+    detail: str
+
+
+def matrix(rows: Sequence[Row]) -> list[Line]:
+    """What was tried beside what it is made of; then what nothing tries by itself. Pure."""
+    compared = {row.defence: row for row in rows if row.state in _COMPARED}
+    tried = [row for row in rows if row.state not in _COMPARED]
+    lines = []
+    for row in tried:
+        parts = [compared[name] for name in MADE_OF.get(row.defence, ()) if name in compared]
+        present = min((part.state for part in parts), key=_COMPARED.index, default=None)
+        amiss = [f"{part.defence} {part.state} {part.detail}".rstrip() for part in parts if not part.holds]
+        lines.append(Line(row.defence, present, row.state, "; ".join([*amiss, row.detail])))
+    told = {name for row in tried for name in MADE_OF.get(row.defence, ())}
+    return lines + [
+        Line(row.defence, row.state, None, row.detail) for row in compared.values() if row.defence not in told
+    ]
 
 
 def check(admin: Cluster, engine: Cluster, choices: Choices) -> list[Row]:

@@ -24,6 +24,10 @@ def is_ready(node: Manifest) -> bool:
     return conditions.get("Ready") == "True" and not node["spec"].get("unschedulable")
 
 
+def has_labels(node: Manifest, selector: Mapping[str, str]) -> bool:
+    return selector.items() <= _labels(node).items()
+
+
 def kept_for(node: Manifest) -> str | None:
     """The group that nobody else shares this node with."""
     group = _labels(node).get(GROUP_KEY)
@@ -35,7 +39,7 @@ def groups(nodes: Sequence[Manifest], *, selector: Mapping[str, str]) -> frozens
     """Those that a pod can be placed on now, and nobody shares. `selector`: what else the pod asks of its node, as its
     RuntimeClass has it."""
     shared = {_labels(node).get(GROUP_KEY) for node in nodes if kept_for(node) is None}
-    usable = [node for node in nodes if is_ready(node) and selector.items() <= _labels(node).items()]
+    usable = [node for node in nodes if is_ready(node) and has_labels(node, selector)]
     return frozenset(group for node in usable if (group := kept_for(node)) is not None) - shared
 
 

@@ -2,7 +2,8 @@
 
 What has to be shown for a variant, and is missing if it is not:
 
-    nodes         one that is ready, and a RuntimeClass of the variant's name (none for runc)
+    nodes         one that is ready, and a RuntimeClass of the variant's name (none for runc), whose handler every node
+                  that it may choose has, as the node itself says, and which is none that shares the node's kernel
     runtime       in a pod of the class no kernel is seen but gVisor's, or a machine's own: not the node's
     PodSecurity   a pod that must fail is refused by it
     policy        our first process in a canary pod cannot reach the listener, and a pod that policy lets through can
@@ -14,7 +15,7 @@ The canaries run our own program and no guest, so what they say of their kernel 
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from service.core.controls import Limits, Network
 from service.core.errors import BlastdoorError
 from service.core.ids import new_run_id
 from workers.boundaries.namespace.evidence import admission_in_force
-from workers.boundaries.namespace.nodes import groups, is_ready
+from workers.boundaries.namespace.nodes import groups, has_labels, is_ready
 from workers.boundaries.namespace.render import SOFT, render_pod
 from workers.kube import ClusterError, Denied, Manifest
 
@@ -37,6 +38,8 @@ _ADMISSION = frozenset({"blastdoor-pods", "blastdoor-namespaces", "blastdoor-int
 _INSTALL = "run `blastdoor cluster install`"
 _NO_CLUSTER = "a cluster: BLASTDOOR_KUBECONFIG and BLASTDOOR_KUBE_IMAGE name one"
 _GVISOR = re.compile(rb"gvisor", re.IGNORECASE)
+_SHARES_KERNEL = frozenset({"", "runc", "crun", "youki"})
+"""What handlers of the runtimes are called that start processes of the node."""
 _VERSIONS = {"kubelet": "kubeletVersion", "engine": "containerRuntimeVersion", "kernel": "kernelVersion"}
 _passed: dict[tuple[str, str, str, str], float] = {}
 
@@ -61,10 +64,14 @@ def _row(boundary: "NamespaceBoundary", variant: str) -> Capabilities:
         every = boundary.cluster.list("Node")
         nodes = [node for node in every if is_ready(node)]
         versions = _versions(nodes)
+        runtime_class = None if variant == SOFT else boundary.cluster.get("RuntimeClass", variant)
+        selector = ((runtime_class or {}).get("scheduling") or {}).get("nodeSelector") or {}
         missing += _lacks(boundary, variant, nodes)
+        if runtime_class is not None:
+            missing += handler_faults(runtime_class, [node for node in nodes if has_labels(node, selector)])
         if not missing and (why := _canary(boundary, variant, nodes)) is not None:
             missing.append(why)
-        node_groups = groups(every, selector=_selector(boundary, variant))
+        node_groups = groups(every, selector=selector)
     except BlastdoorError as error:
         missing.append(f"a cluster that answers: {error}")
     digest = boundary.host.image.rpartition("@")[2]
@@ -78,10 +85,23 @@ def _row(boundary: "NamespaceBoundary", variant: str) -> Capabilities:
     )
 
 
-def _selector(boundary: "NamespaceBoundary", variant: str) -> Mapping[str, str]:
-    """What the RuntimeClass makes a pod ask of its node."""
-    found = None if variant == SOFT else boundary.cluster.get("RuntimeClass", variant)
-    return ((found or {}).get("scheduling") or {}).get("nodeSelector") or {}
+def handler_faults(runtime_class: Manifest, nodes: Sequence[Manifest]) -> list[str]:
+    """What the nodes say of the handler that a class names; `nodes`: those that its pods may be put on. Pure. A node
+    older than Kubernetes 1.30 says nothing of its handlers: then it is the canary that finds out."""
+    name, handler = runtime_class["metadata"]["name"], str(runtime_class["handler"])
+    if handler in _SHARES_KERNEL:
+        return [f"RuntimeClass {name} that isolates: its handler {handler!r} shares the node's kernel"]
+    if not nodes:
+        wanted = (runtime_class.get("scheduling") or {}).get("nodeSelector") or {}
+        shown = ", ".join(f"{key}={value}" for key, value in wanted.items())
+        return [f"a node for RuntimeClass {name}: no one that is ready has {shown or 'what it asks for'}"]
+    faults = []
+    for node in nodes:
+        had = {str(one.get("name") or "") for one in node["status"].get("runtimeHandlers") or ()}
+        if had and handler not in had:
+            said = f"{node['metadata']['name']} has {', '.join(sorted(had - {''})) or 'only its default'}"
+            faults.append(f"handler {handler}, which RuntimeClass {name} names, on every node for it: {said}")
+    return faults
 
 
 def _versions(nodes: Sequence[Manifest]) -> dict[str, str]:
