@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.bench import events, extract, fairness, hooks, limits, reaping, scale, speed, upload
+from tests.bench import events, extract, fairness, hooks, limits, namespaces, pods, reaping, scale, speed, upload
 from tests.bench.live import progress
 
 Document = dict[str, Any]
@@ -33,6 +33,8 @@ SECTIONS: Mapping[str, Callable[[Path], Document]] = {
     "scale": scale.measure,
     "fairness": fairness.measure,
     "reaping": reaping.measure,
+    "pods": pods.measure,
+    "namespaces": namespaces.measure,
 }
 
 
