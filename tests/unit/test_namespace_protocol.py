@@ -50,6 +50,16 @@ def test_frames_are_taken_apart_wherever_they_were_cut() -> None:
         assert (frames.report.exited, frames.report.cpu_s, frames.report.oom_kills) == (3, 1.5, 1)
 
 
+def test_the_count_of_files_is_the_latest_and_without_what_is_ours() -> None:
+    frames, _ = heard(frame(b"f", struct.pack("<Q", 3)))
+    assert frames.files == 0, "an empty volume"
+    for count, files in ((70, 67), (5, 2), (0, 0)):
+        frames.feed(frame(b"f", struct.pack("<Q", count)))
+        assert frames.files == files
+    with pytest.raises(Garbled):
+        frames.feed(frame(b"f", b"7"))
+
+
 @pytest.mark.parametrize(
     "bad",
     [
