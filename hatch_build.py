@@ -28,7 +28,7 @@ class SandboxInitHook(BuildHookInterface[Any]):
         for boundary in BOUNDARIES:
             source, binary = root / boundary / "init.c", root / boundary / "init"
             if not source.exists():
-                return
+                continue
             compile_init(source=source, binary=binary)
             build_data["artifacts"].append(f"/{boundary / 'init'}")
         build_data["pure_python"] = False
