@@ -20,7 +20,16 @@ from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from service.core.boundary import BoundaryKind, BoundaryRef, BoundarySpec, Capabilities, Ended, Execution, StepSpec
+from service.core.boundary import (
+    BoundaryKind,
+    BoundaryRef,
+    BoundarySpec,
+    Capabilities,
+    Ended,
+    Execution,
+    Share,
+    StepSpec,
+)
 from service.core.controls import Limits, Network
 from service.core.errors import BlastdoorError
 from service.core.ids import new_run_id
@@ -34,6 +43,8 @@ if TYPE_CHECKING:
     from workers.boundaries.namespace.sandbox import NamespaceSandbox
 
 _CANARY_VALID_S = 600.0
+_CANARIES = 64
+"""Of one cluster at once: each worker has its own, and the soft ones share a namespace."""
 _ADMISSION = frozenset({"blastdoor-pods", "blastdoor-namespaces", "blastdoor-interactive"})
 _INSTALL = "run `blastdoor cluster install`"
 _NO_CLUSTER = "a cluster: BLASTDOOR_KUBECONFIG and BLASTDOOR_KUBE_IMAGE name one"
@@ -161,7 +172,7 @@ def _play_canary(boundary: "NamespaceBoundary", variant: str, nodes: Sequence[Ma
         fence=0,
         expires_at=datetime.now(UTC) + timedelta(seconds=120),
     )
-    spec = BoundarySpec(limits=Limits(), network=Network())
+    spec = BoundarySpec(limits=Limits(), network=Network(), share=Share(runs=_CANARIES))
     try:
         with boundary.open(spec, ref, cancelled=_Never()) as sandbox:
             why = _refusals(boundary, ref, spec) or _kernel(sandbox, variant, nodes)  # type: ignore[arg-type]
