@@ -117,6 +117,9 @@ MUTANTS: Mapping[str, tuple[str, Change]] = {  # what it does -> the rule that i
     "no AppArmor": ("confinement", _pod_secure(appArmorProfile={"type": "Unconfined"})),
     "no AppArmor in the container": ("confinement", _secure(appArmorProfile={"type": "Unconfined"})),
     "an SELinux type": ("confinement", _secure(seLinuxOptions={"type": "container_t"})),
+    "an SELinux type in the pod": ("confinement", _pod_secure(seLinuxOptions={"type": "container_t"})),
+    "options of Windows": ("confinement", _secure(windowsOptions={"runAsUserName": "x"})),
+    "options of Windows in the pod": ("confinement", _pod_secure(windowsOptions={"runAsUserName": "x"})),
     "a sysctl": ("confinement", _pod_secure(sysctls=[{"name": "net.ipv4.ip_unprivileged_port_start", "value": "0"}])),
     "all of /proc": ("confinement", lambda spec, container: (
         spec.update(hostUsers=False), container["securityContext"].update(procMount="Unmasked"))),

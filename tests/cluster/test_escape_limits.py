@@ -99,7 +99,7 @@ def played(ground: Ground) -> dict[tuple[str, str], Played]:
         for name, attack in ATTACKS.items()
         for open_ in (False, True)
     }
-    with ground.stack.no_worker_dies():
+    with ground.same_worker():
         runs = {key: finished(ground.tenant(key[0]), run_id, within_s=240) for key, run_id in ids.items()}
     return {
         (variant, name): Played(runs[variant, name, False], runs[variant, name, True])

@@ -104,6 +104,13 @@ class Ground:
             assert eventually(lambda: "blastdoor_lab" in self.lab.run("nft", "list", "tables"))
 
     @contextmanager
+    def same_worker(self) -> Iterator[None]:
+        """No attack may cost us the worker. (What it starts for a moment, to look at the cluster, is no loss.)"""
+        worker = self.stack.children["worker"]
+        yield
+        assert self.stack.children["worker"] == worker, "the worker itself died"
+
+    @contextmanager
     def as_it_is(self) -> Iterator[None]:
         """Nothing is opened."""
         yield
