@@ -8,19 +8,24 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service.core.boundary import Bundle, Ended, Limit, Sandbox
-from service.core.errors import NotYetDestroyed, ProvisionFailed
+from service.core.errors import NotYetDestroyed, ProvisionFailed, SandboxBroken
 from service.core.failpoints import Failpoint
+from tests.cluster.lab import cgroups
 from tests.cluster.lab.outside import Lab
 from tests.cluster.namespaces import NamespaceKind, Site, site, sweep
+from tests.faults.place import eventually
 from tests.sandboxes import MIB, Never, Sink, artifact_limits, make_spec, shell
 from workers.boundaries.namespace.driver import NamespaceBoundary
+from workers.boundaries.namespace.pod import Pod
 from workers.boundaries.namespace.render import namespace_name
+from workers.kube import ExecEnded
 
 __all__ = ["site"]
 
@@ -107,10 +112,66 @@ def test_a_guest_sees_only_its_own_and_reaches_nothing(kind: NamespaceKind, site
 def test_a_guest_that_ends_all_it_can_gains_nothing(kind: NamespaceKind) -> None:
     with opened(kind) as sandbox:
         killed = sandbox.execute(shell("kill -9 $PPID; sleep 20"))
-        assert killed.exit_code != 0
-        assert (killed.ended, killed.signal) == (Ended.EXITED, 9)
+        assert (killed.ended, killed.exit_code, killed.signal) == (Ended.BROKEN, None, None)
+        assert killed.message == "the guest killed the process that watched the step"
         after = sandbox.execute(shell("echo still here; ps | grep -c 'sleep 2[0]'"))
-    assert after.stdout.data == b"still here\n0\n", "and what it left behind has ended"
+        assert after.stdout.data == b"still here\n0\n", "and what it left behind has ended"
+        first = sandbox.execute(shell("kill -9 1; sleep 1; echo still here; exit 6"))
+        if kind.variant == "runc":
+            assert (first.ended, first.exit_code) == (Ended.EXITED, 6), "the kernel keeps a pod's first process from it"
+        else:
+            assert (first.ended, first.exit_code, first.sandbox_alive) == (Ended.BROKEN, None, False)
+            assert first.message == "the guest ended the first process of its pod"
+            found = sandbox.collect(["**"], limits=artifact_limits(expected=("x",)), sink=Sink())
+            assert (found.kept, found.expected["x"].absent_why) == ((), "absent")
+
+
+def test_a_guest_that_ends_its_pod_before_it_is_collected_has_failed_and_not_we(boundary: NamespaceBoundary) -> None:
+    kind = NamespaceKind(boundary, "gvisor")
+    with opened(kind) as sandbox:
+        left = sandbox.execute(shell("echo x > out; (sleep 1; kill -9 1) & exit 0"))
+        assert (left.ended, left.exit_code) == (Ended.EXITED, 0)
+        eventually(lambda: list(boundary.discover()) and not kind.running(next(boundary.discover())))
+        with pytest.raises(SandboxBroken, match="the guest ended the first process"):
+            sandbox.collect(["**"], limits=artifact_limits(), sink=Sink())
+
+
+def test_a_sandbox_that_dies_as_a_whole_is_not_the_guests_doing(boundary: NamespaceBoundary, breakable: Lab) -> None:
+    """The control of the two above: the same sight for the guest, and somebody on the node did it."""
+    kind = NamespaceKind(boundary, "gvisor")
+    with opened(kind) as sandbox:
+        enemy = threading.Timer(1, lambda: _kill_kernels(breakable))
+        enemy.start()
+        seen = sandbox.execute(shell("sleep 20"))
+        enemy.join()
+    assert (seen.ended, seen.sandbox_alive) == (Ended.LOST, False), seen.message
+
+
+def _kill_kernels(lab: Lab) -> None:
+    """gVisor's, of every pod that has one: the listener has none."""
+    for pid in cgroups.processes(lab.cgroup):
+        with suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"runsc-sandbox"):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_guest_that_kills_whatever_comes_is_not_collected_and_does_not_pass(
+    kind: NamespaceKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No guest was seen to win this race; what if one does: our program, killed as the guest can kill it."""
+    with opened(kind) as sandbox:
+        assert sandbox.execute(shell("echo x > out; sleep 60 & exit 0")).exit_code == 0
+        command, program = Pod.command, ["/bin/sh", "-c", "kill -9 $$"]
+
+        def killed(pod: Pod, *words: str, **more: Any) -> ExecEnded:
+            if words[0] not in ("kill", "list"):
+                return command(pod, *words, **more)
+            more.pop("stdin", None)
+            return pod.cluster.exec_(pod.namespace, pod.name, "run", program, **more)
+
+        monkeypatch.setattr(Pod, "command", killed)
+        with pytest.raises(SandboxBroken, match="the guest killed what was sent"):
+            sandbox.collect(["**"], limits=artifact_limits(), sink=Sink())
 
 
 def test_what_a_guest_writes_to_its_streams_is_output_and_no_more(kind: NamespaceKind) -> None:
@@ -133,7 +194,7 @@ def test_memory_and_disk_and_processes_are_limited(kind: NamespaceKind) -> None:
     assert Limit.PIDS in pids.limits
     assert b"fork" in pids.stderr.data
     with opened(kind, memory=64 * MIB) as sandbox:
-        memory = sandbox.execute(shell("x=$(head -c 300000000 /dev/zero | tr '\\0' x); echo ${#x}", timeout_s=60))
+        memory = sandbox.execute(shell("dd if=/dev/zero of=/dev/null bs=300M count=1", timeout_s=60))
     assert memory.ended is Ended.LIMIT, memory
     assert memory.limits == {Limit.MEMORY}
     assert not memory.sandbox_alive
