@@ -186,10 +186,11 @@ def cleanup_local(
     as_json: Json = False,
     kubeconfig: Kubeconfig = None,
     kube_image: KubeImage = "",
+    site: Annotated[str, typer.Option(envvar="BLASTDOOR_SITE", help="As its workers call it; else the host.")] = "",
 ) -> None:
     """`blastdoor admin cleanup --local`: of this host, by the labels on it, while the API is down. Needs root.
 
-    Status 0: done, or a dry run; 1: a line was refused or resists; 2: bad usage; 3: this host could not be looked at.
+    Status 0: done, or a dry run; 1: a line was refused or resists; 2: bad usage; 3: something could not be looked at.
     """
     from workers.local import NoInstallation, open_local  # a database, which no other command here needs
 
@@ -201,8 +202,8 @@ def cleanup_local(
         raise typer.Exit(2)
     try:
         local = open_local(
-            state_dir=state_dir, runtime_dir=runtime_dir, runsc=runsc, site=socket.gethostname(), database_url=database,
-            installation=installation, kubeconfig=kubeconfig, kube_image=kube_image,
+            state_dir=state_dir, runtime_dir=runtime_dir, runsc=runsc, site=site or socket.gethostname(),
+            database_url=database, installation=installation, kubeconfig=kubeconfig, kube_image=kube_image,
         )  # fmt: skip
     except NoInstallation as error:
         typer.echo(f"blastdoor: {error}", err=True)
@@ -219,6 +220,10 @@ def cleanup_local(
     finally:
         local.close()
     _show_lines(lines, local.installation, database=local.unreachable is None, applied=apply, as_json=as_json)
+    for kind, why in local.unlisted.items():
+        typer.echo(f"blastdoor: what there is of kind {kind} could not be listed: {why}", err=True)
+    if local.unlisted:
+        raise typer.Exit(3)
     raise typer.Exit(0 if not apply or all(line.result == ActionResult.DESTROYED for line in lines) else 1)
 
 

@@ -49,6 +49,8 @@ DEFAULT = "default"
 _READY_S = 60.0
 _CLEAR_S = 20.0
 _CLEAR_AGAIN_S = 1.0
+_BRIEF_S = 3.0
+_NO_CLUSTER = "no cluster is configured: BLASTDOOR_KUBECONFIG names one"
 _ROOM_S = 15.0
 _LOOK_FOR_ROOM_S = 0.25
 _OPENED = PREFIX + "opened"
@@ -77,6 +79,7 @@ class NamespaceBoundary:
     def __init__(self, host: NamespaceHost) -> None:
         self._host = host
         self._connected: tuple[int, Cluster, Listener] | None = None
+        self._looking: tuple[int, Cluster] | None = None
         self._resisted: set[str] = set()
 
     @classmethod
@@ -117,7 +120,9 @@ class NamespaceBoundary:
             with suppress(ClusterError):  # it ends by itself
                 listener.close()
             cluster.close()
-        self._connected = None
+        if self._looking is not None and self._looking[0] == os.getpid():
+            self._looking[1].close()
+        self._connected = self._looking = None
 
     def probe(self) -> Sequence[Capabilities]:
         from workers.boundaries.namespace.probe import probe  # it plays runs through this driver
@@ -160,8 +165,8 @@ class NamespaceBoundary:
             PREFIX + "kind": self.kind.value,
             PREFIX + "site": as_label(self._host.site),
         }
-        found = self.cluster.list("Namespace", labels=mine)
-        found += self.cluster.list("Pod", labels=mine | {PREFIX + "variant": SOFT})
+        found = self._brief.list("Namespace", labels=mine)
+        found += self._brief.list("Pod", labels=mine | {PREFIX + "variant": SOFT})
         for one in found:
             ref = read_labels(one["metadata"].get("labels") or {}, site=self._host.site)
             if ref is not None and one["metadata"]["name"] == ref.name:
@@ -220,7 +225,7 @@ class NamespaceBoundary:
 
     def _here(self) -> tuple[Cluster, Listener]:
         if self._host.kubeconfig is None:
-            raise ClusterError("no cluster is configured: BLASTDOOR_KUBECONFIG names one")
+            raise ClusterError(_NO_CLUSTER)
         if self._connected is None or self._connected[0] != os.getpid():
             cluster = Cluster.from_kubeconfig(self._host.kubeconfig)
             listener = Listener(
@@ -228,6 +233,15 @@ class NamespaceBoundary:
             )
             self._connected = os.getpid(), cluster, listener
         return self._connected[1:]
+
+    @property
+    def _brief(self) -> Cluster:
+        """For what is asked again soon: a reaper has other kinds to look at while a cluster is away."""
+        if self._host.kubeconfig is None:
+            raise ClusterError(_NO_CLUSTER)
+        if self._looking is None or self._looking[0] != os.getpid():
+            self._looking = os.getpid(), Cluster.from_kubeconfig(self._host.kubeconfig, patience_s=_BRIEF_S)
+        return self._looking[1]
 
     def _accept(self, spec: BoundarySpec, ref: BoundaryRef) -> None:
         """Isolation never degrades: what this wall cannot do is not done by halves. Raises ProvisionFailed."""
