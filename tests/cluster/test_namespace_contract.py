@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.namespaces import NamespaceKind, Site, site, sweep
+from tests.cluster.namespaces import NamespaceKind, Site, sweep
 from tests.contract.test_boundary_contract import TestCollecting, TestLife, TestSteps
 from workers.boundaries.namespace.driver import NamespaceBoundary
 
-__all__ = ["TestCollecting", "TestLife", "TestSteps", "site"]
+__all__ = ["TestCollecting", "TestLife", "TestSteps"]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 from service.core.boundary import BoundaryRef
 from service.core.failpoints import Action, Failpoint
 from tests.cluster.lab.outside import Lab
-from tests.cluster.namespaces import NamespaceKind, Site, site, sweep
+from tests.cluster.namespaces import NamespaceKind, Site, sweep
 from tests.contract.store_steps import add_run
 from tests.factories import make_controls, make_scenario
 from tests.faults.conftest import forks
@@ -29,7 +29,7 @@ from tests.faults.test_failpoints import Case, Lane, expected
 from workers.boundaries.namespace.driver import NamespaceBoundary
 from workers.kube import ClusterError
 
-__all__ = ["forks", "site"]
+__all__ = ["forks"]
 
 GONE_WITHIN_S = 15.0
 AWAY_S = 30.0

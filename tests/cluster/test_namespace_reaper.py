@@ -23,7 +23,7 @@ from service.core.cleanup import ActionKind, BoundaryState, CleanupPlan, Invento
 from service.core.run import Phase
 from service.metrics import new_registry
 from service.usecases.cleanup import apply_plan, list_boundaries, make_plan
-from tests.cluster.namespaces import Site, site, sweep
+from tests.cluster.namespaces import Site, sweep
 from tests.contract.store_steps import add_run, add_tenant, bring_to, types_told
 from tests.faults.place import eventually
 from tests.sandboxes import make_ref, make_spec
@@ -35,8 +35,6 @@ from workers.kube import Cluster
 from workers.kube.connection import Connection
 from workers.metrics import ReaperMetrics
 from workers.reaper import Reaper
-
-__all__ = ["site"]
 
 HELD = "test.example/held"
 SILENT_AFTER = timedelta(minutes=5)

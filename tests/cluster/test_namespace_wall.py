@@ -19,15 +19,13 @@ from service.core.errors import NotYetDestroyed, ProvisionFailed, SandboxBroken
 from service.core.failpoints import Failpoint
 from tests.cluster.lab import cgroups
 from tests.cluster.lab.outside import Lab
-from tests.cluster.namespaces import NamespaceKind, Site, site, sweep
+from tests.cluster.namespaces import NamespaceKind, Site, sweep
 from tests.faults.place import eventually
 from tests.sandboxes import MIB, Never, Sink, artifact_limits, make_spec, shell
 from workers.boundaries.namespace.driver import NamespaceBoundary
 from workers.boundaries.namespace.pod import Pod
 from workers.boundaries.namespace.render import namespace_name
 from workers.kube import ExecEnded
-
-__all__ = ["site"]
 
 
 @pytest.fixture(scope="module")
