@@ -26,7 +26,7 @@ from workers.conformance import report
 from workers.conformance.corpus import CASES
 from workers.conformance.run import Arena, Result, judge_all
 from workers.conformance.stage import set_stage
-from workers.registry import DRIVERS, Warmable, load
+from workers.registry import DRIVERS, Surrounded, Warmable, load
 from workers.runtimes.import_rootfs import import_directory, import_oci_layout
 from workers.runtimes.store import RuntimeStore
 
@@ -90,7 +90,8 @@ def doctor(
 
     --attack (as root) plays the corpus of attacks in every boundary that can be built here, and prints case by
     boundary: blocked; vacuous, when the positive control did not fire and so nothing is shown; or FAILED. Status 0:
-    all blocked.
+    all blocked. With --kubeconfig the pods of that cluster are attacked too, and a defence that it lacks is a failure;
+    the image needs Python 3 as `python3`, in which the attacks are written.
 
     Examples:  blastdoor doctor    |    blastdoor doctor --json | jq '.boundaries[] | select(.available)'
     """
@@ -129,7 +130,9 @@ def _probed(kind: BoundaryKind, host: ThisHost) -> Sequence[Capabilities]:
 
 
 def _attack(host: ThisHost, *, as_json: bool) -> NoReturn:
-    """Ends the command: 0 when everything was blocked, 2 without root, 3 when no boundary can be built, else 1."""
+    """Ends the command: 0 when everything was blocked, 2 without root, 3 when no boundary can be built, else 1.
+
+    A cluster that was named is one to be judged: what it lacks is a hole, and not something that is not there."""
     if os.geteuid() != 0:
         typer.echo(
             "blastdoor: doctor --attack needs root: it builds real boundaries and looks at them from the host", err=True
@@ -147,8 +150,9 @@ def _attack(host: ThisHost, *, as_json: bool) -> NoReturn:
                             not_built[row.boundary] = list(row.missing)
                             continue
                         arena = Arena(
-                            boundary, stage, name=row.boundary, installation=host.installation, site=host.site
-                        )
+                            boundary, stage, name=row.boundary, installation=host.installation, site=host.site,
+                            nearby=boundary.surroundings() if isinstance(boundary, Surrounded) else (),
+                        )  # fmt: skip
                         results += judge_all(arena, CASES, progress=_say_progress)
                 finally:
                     if isinstance(boundary, Warmable):
@@ -162,7 +166,8 @@ def _attack(host: ThisHost, *, as_json: bool) -> NoReturn:
         for name, missing in not_built.items():
             typer.echo(f"{name} cannot be built here: {'; '.join(missing)}")
         Console(soft_wrap=True).print(report.matrix(results))
-    raise typer.Exit(0 if report.held(results) else 1 if results else 3)
+    holes = host.kubeconfig is not None and any(name.startswith(BoundaryKind.NAMESPACE) for name in not_built)
+    raise typer.Exit(1 if holes else 0 if report.held(results) else 1 if results else 3)
 
 
 def _say_progress(result: Result) -> None:

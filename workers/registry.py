@@ -1,6 +1,6 @@
 """Which class builds which kind. Explicit, and an import that fails is an error: a missing driver is never skipped."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -22,6 +22,15 @@ class Warmable(Protocol):
 
     def close(self) -> None:
         """End what was kept ready."""
+        ...
+
+
+@runtime_checkable
+class Surrounded(Protocol):
+    """A driver whose boundaries do not stand on this host."""
+
+    def surroundings(self) -> Sequence[tuple[str, int]]:
+        """Who answers near them by TCP, as (address, port): what a guest must not reach. Raises BlastdoorError."""
         ...
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from service.core.boundary import Artifacts, Ended, Execution, Limit
 from service.core.controls import Limits
-from workers.conformance.programs import BEGUN, ENDED
+from workers.conformance.programs import BEGUN, ENDED, KILLS
 from workers.conformance.stage import Stage
 
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/work", "LANG": "C.UTF-8"}
@@ -80,8 +80,17 @@ class Seen:
 
     @property
     def to_its_end(self) -> bool:
+        """Also one that ended its own sandbox, when it had come to that: there is nothing after it then."""
+        if self.ended_itself:
+            return KILLS.encode() in self.execution.stdout.data
         steps = [self.execution, *([self.then] if self.then else [])]
-        return all(step.ended is Ended.EXITED and ENDED.encode() in step.stdout.data for step in steps)
+        whole = len(steps) == 1 + bool(self.play.then)
+        return whole and all(step.ended is Ended.EXITED and ENDED.encode() in step.stdout.data for step in steps)
+
+    @property
+    def ended_itself(self) -> bool:
+        """The guest ended what holds or watches it, and the driver says so: never a success, and its own harm."""
+        return self.execution.ended is Ended.BROKEN
 
 
 Wrong = Callable[[Seen], str | None]

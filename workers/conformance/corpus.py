@@ -6,7 +6,6 @@ Each check's docstring says what its positive control opens. A limit that a cont
 import json
 from typing import Any
 
-from service.core.boundary import Ended, Limit
 from service.core.run import StepOutcome
 from service.core.scenario import Step
 from service.core.verdict import judge_step
@@ -23,146 +22,14 @@ from workers.conformance.cases import (
     claims,
     followed_by,
     leaked,
-    not_hit,
     python,
 )
 from workers.conformance.stage import Stage
+from workers.conformance.taking import TAKING
 
 MIB, KIB = 2**20, 2**10
 _corpus = Corpus()
 _case = _corpus.case
-
-
-def _limited(program: str, *, times: int, given: dict[str, Any] | None = None, **limits: Any) -> Make:
-    """`times`: how many times as high the first of the limits is."""
-    first = next(iter(limits))
-    patterns = ("big", "many/*", "held/*")
-    return always(python(program, given=given, limits=limits | {first: limits[first] * times}, patterns=patterns))
-
-
-# --- what a guest may take ---
-
-PIDS, TASKS = 16, 96 + 3 * 16
-"""TASKS: host threads that so many processes of a guest may come to, the sandbox's own with them."""
-
-
-def _bomb(pids: int) -> Make:
-    return always(python(programs.FORK_BOMB, limits={"pids": pids, "memory": 1024 * MIB, "cpu": 2}, timeout_s=2))
-
-
-@_case("D11", "a fork bomb", Severity.HOST_DOS, attack=_bomb(PIDS), control=_bomb(4 * PIDS), ends=False)
-def _fork_bomb(seen: Seen) -> str | None:
-    """Opened: the limit of processes."""
-    if seen.peak_tasks is not None and seen.peak_tasks > TASKS:
-        return f"{seen.peak_tasks} host threads, more than {TASKS}"
-    if seen.execution.ended is Ended.EXITED:
-        return "the bomb ended by itself"
-    return not_hit(seen, Limit.PIDS)
-
-
-MEMORY = 64 * MIB
-
-
-def _memory(seen: Seen) -> str | None:
-    """Opened: the memory limit."""
-    peak = seen.artifacts.usage.peak_memory_bytes
-    if peak > MEMORY + MIB:  # the kernel charges in batches
-        return f"{peak // MIB} MiB were used, with a limit of {MEMORY // MIB} MiB"
-    return not_hit(seen, Limit.MEMORY)
-
-
-def _shared_memory(seen: Seen) -> str | None:
-    """Opened: the memory limit, and the file lies in /tmp, since /dev/shm may be closed to a step altogether."""
-    refused = seen.said("REFUSED") and seen.artifacts.usage.peak_memory_bytes < MEMORY
-    return None if refused else _memory(seen)
-
-
-def _holding_memory(program: str, *, times: int, **given: Any) -> Make:
-    return _limited(program, times=times, given=given | {"mib": 112}, memory=MEMORY, disk=256 * MIB)
-
-
-_case(
-    "D12", "a memory bomb", Severity.HOST_DOS, ends=False,
-    attack=_holding_memory(programs.MEMORY_BOMB, times=1), control=_holding_memory(programs.MEMORY_BOMB, times=4),
-)(_memory)  # fmt: skip
-_case(
-    "D12b", "a memory bomb in /dev/shm", Severity.HOST_DOS, ends=False,
-    attack=_holding_memory(programs.TMPFS_BOMB, times=1, place="/dev/shm"),  # noqa: S108 - the guest's own
-    control=_holding_memory(programs.TMPFS_BOMB, times=4, place="/tmp"),  # noqa: S108
-)(_shared_memory)  # fmt: skip
-_case(
-    "D12c", "a memory bomb in a memfd", Severity.HOST_DOS, ends=False,
-    attack=_holding_memory(programs.MEMFD_BOMB, times=1), control=_holding_memory(programs.MEMFD_BOMB, times=4),
-)(_memory)  # fmt: skip
-_case(
-    "D12d", "a memory bomb in files of /tmp", Severity.HOST_DOS, ends=False,
-    attack=_holding_memory(programs.TMPFS_BOMB, times=1, place="/tmp"),  # noqa: S108 - the guest's own
-    control=_holding_memory(programs.TMPFS_BOMB, times=4, place="/tmp"),  # noqa: S108
-)(_memory)  # fmt: skip
-
-
-def _kept_bytes(seen: Seen) -> int:
-    return sum(artifact.bytes for artifact in seen.artifacts.kept)
-
-
-@_case(
-    "D13", "filling the disk", Severity.HOST_DOS,
-    attack=_limited(programs.FILL_DISK, times=1, given={"mib": 16}, disk=8 * MIB),
-    control=_limited(programs.FILL_DISK, times=4, given={"mib": 16}, disk=8 * MIB),
-)  # fmt: skip
-def _disk(seen: Seen) -> str | None:
-    """Opened: the disk limit."""
-    if _kept_bytes(seen) > 8 * MIB:
-        return f"{_kept_bytes(seen)} bytes stood in /work, with a limit of {8 * MIB}"
-    return not_hit(seen, Limit.DISK)
-
-
-@_case(
-    "D14", "filling the inodes", Severity.HOST_DOS,
-    attack=_limited(programs.FILL_INODES, times=1, given={"count": 300}, files=100),
-    control=_limited(programs.FILL_INODES, times=4, given={"count": 300}, files=100),
-)  # fmt: skip
-def _inodes(seen: Seen) -> str | None:
-    """Opened: the limit of files."""
-    if len(seen.artifacts.kept) > 100:
-        return f"{len(seen.artifacts.kept)} files stood in /work, with a limit of 100"
-    return not_hit(seen, Limit.FILES)
-
-
-@_case(
-    "D15", "holding many files open", Severity.HOST_DOS,
-    attack=_limited(programs.HOLD_FILES, times=1, given={"count": 200}, open_files=64),
-    control=_limited(programs.HOLD_FILES, times=4, given={"count": 200}, open_files=64),
-)  # fmt: skip
-def _open_files(seen: Seen) -> str | None:
-    """Opened: the limit of open files. Each of them is a new file in /work, where the host can count."""
-    held = len(seen.artifacts.kept)
-    return f"{held} files were held open at once, with a limit of 64" if held > 64 else None
-
-
-OUTPUT, READ = 16 * KIB, 64 * 16 * KIB + MIB
-"""READ: what may be read before the run is ended, and what the pipes hold."""
-
-
-@_case(
-    "D16", "a flood of output", Severity.HOST_DOS, ends=False,
-    attack=_limited(programs.FLOOD, times=1, output=OUTPUT), control=_limited(programs.FLOOD, times=4, output=OUTPUT),
-)  # fmt: skip
-def _flood(seen: Seen) -> str | None:
-    """Opened: the limit of output."""
-    stdout = seen.execution.stdout
-    if stdout.total_bytes > READ or len(stdout.data) > OUTPUT:
-        return f"{stdout.total_bytes} bytes were read and {len(stdout.data)} kept"
-    return not_hit(seen, Limit.OUTPUT)
-
-
-@_case(
-    "D17", "a daemon left behind", Severity.HOST_DOS,
-    attack=always(python(programs.DAEMON)), control=always(python(programs.DAEMON, standing=True)),
-)  # fmt: skip
-def _daemon(seen: Seen) -> str | None:
-    """Opened: the teardown, which has not come yet when the host is looked over."""
-    return f"on this host: {', '.join(seen.left[:5])}" if seen.left else None
 
 
 # --- what a guest may see and touch ---
@@ -289,7 +156,7 @@ _OWN = ("127.0.0.1", 47113)
 
 def _connecting(*, host: bool, own: bool) -> Make:
     def make(stage: Stage) -> Play:
-        targets = [*(stage.ears.targets if host else _METADATA), *([_OWN] if own else [])]
+        targets = [*((*stage.ears.targets, *stage.nearby) if host else _METADATA), *([_OWN] if own else [])]
         given = {"targets": targets, "own": _OWN if own else None}
         return python(programs.CONNECT, given=given, env={"TOKEN": stage.given} if own else {})
 
@@ -308,7 +175,7 @@ _case(
     attack=_connecting(host=False, own=False), control=_connecting(host=False, own=True),
 )(_reached)  # fmt: skip
 _case(
-    "D27", "listeners of this host", Severity.LATERAL,
+    "D27", "listeners of this host or its cluster", Severity.LATERAL,
     attack=_connecting(host=True, own=False), control=_connecting(host=True, own=True),
 )(_reached)  # fmt: skip
 
@@ -347,6 +214,27 @@ def _environment(seen: Seen) -> str | None:
     if sees["cwd"] != "/work" or sees["uid"] == 0:
         return f"a step works in {sees['cwd']} as uid {sees['uid']}"
     return leaked(seen)
+
+
+_ACCOUNT = ("/var/run/secrets", "/run/secrets")
+_API = (("kubernetes.default.svc", 443), ("kubernetes.default", 443))
+
+
+def _asking(*more: str) -> Make:
+    def make(stage: Stage) -> Play:
+        given = {"places": (*_ACCOUNT, *more), "targets": [*_API, *stage.nearby]}
+        return python(programs.SERVICE_ACCOUNT, given=given, env={"TOKEN": stage.given} if more else {})
+
+    return make
+
+
+@_case(
+    "D30", "an account of a cluster, and its API server", Severity.LATERAL,
+    attack=_asking(), control=_asking("/work/serviceaccount"),
+)  # fmt: skip
+def _account(seen: Seen) -> str | None:
+    """Opened: a file with a token lies in one more place that is looked at, in the run's own /work."""
+    return claims(seen, "REACHED", "HOLDS", "NAMED") or leaked(seen)
 
 
 # --- what a guest leaves behind and says ---
@@ -388,4 +276,4 @@ def _verdict(seen: Seen) -> str | None:
     return None if outcome is StepOutcome.FAILED else f"the verdict is {outcome}"
 
 
-CASES: tuple[Case, ...] = tuple(_corpus.cases)
+CASES: tuple[Case, ...] = (*TAKING.cases, *_corpus.cases)

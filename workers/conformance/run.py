@@ -6,7 +6,7 @@ shown. FAILED: the promise was broken.
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -91,9 +91,12 @@ class _Digests:
 class Arena:
     """One boundary under attack. A context: the neighbour that some cases need lives from the first of them on."""
 
-    def __init__(self, boundary: Boundary, stage: Stage, *, name: str, installation: str, site: str) -> None:
-        """`name`: of the boundary, with its variant."""
-        self._boundary, self._stage, self._name = boundary, stage, name
+    def __init__(
+        self, boundary: Boundary, stage: Stage, *, name: str, installation: str, site: str,
+        nearby: Sequence[tuple[str, int]] = (),
+    ) -> None:  # fmt: skip
+        """`name`: of the boundary, with its variant; `nearby`: who answers close to it, beside this host."""
+        self._boundary, self._stage, self._name = boundary, replace(stage, nearby=tuple(nearby)), name
         self._installation, self._site = installation, site
         self._neighbour: Sandbox | None = None
         self._stack = ExitStack()
@@ -155,7 +158,7 @@ class Arena:
         bounded = play.limits.get("pids") is not None
         with host.watching_tasks(ref.name) if bounded else nullcontext(host.Peak()) as peak:
             execution = sandbox.execute(_step(1, play.argv, play))
-        then = sandbox.execute(_step(2, play.then, play)) if play.then else None
+        then = sandbox.execute(_step(2, play.then, play)) if play.then and execution.sandbox_alive else None
         grown = self._grown()
         left = self._left(ref, within_s=0) if play.standing else ()
         sink, started = _Digests(), time.monotonic()

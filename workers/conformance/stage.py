@@ -107,13 +107,15 @@ def _addresses() -> list[str]:
 @dataclass(frozen=True)
 class Stage:
     """`tokens`: where each was planted. `given`: the one token that controls give to a guest themselves. `mark`: text
-    that a guest may know, by which what it made is found again."""
+    that a guest may know, by which what it made is found again. `nearby`: addresses close to a boundary that is not
+    made on this host: its nodes, its API server, a listener of ours."""
 
     host_file: Path
     ears: Ears
     mark: str
     given: str
     tokens: Mapping[str, str] = field(repr=False)
+    nearby: tuple[tuple[str, int], ...] = ()
 
     def leaks(self, *texts: bytes) -> tuple[str, ...]:
         """Where the tokens in these texts had been planted."""

@@ -47,6 +47,7 @@ DEFAULT = "default"
 """The one runtime: what is in the image."""
 
 _READY_S = 60.0
+_NODES_TRIED = 3
 _CLEAR_S = 20.0
 _CLEAR_AGAIN_S = 1.0
 _BRIEF_S = 3.0
@@ -123,6 +124,18 @@ class NamespaceBoundary:
         if self._looking is not None and self._looking[0] == os.getpid():
             self._looking[1].close()
         self._connected = self._looking = None
+
+    def surroundings(self) -> Sequence[tuple[str, int]]:
+        """The listener, which answers for sure; of each node, kubelet and API server. Raises ClusterError."""
+        addresses = [
+            row["address"]
+            for node in self.cluster.list("Node")
+            for row in node["status"].get("addresses", ())
+            if row["type"] in ("InternalIP", "ExternalIP")
+        ]
+        ports = (10250, 6443, 443)
+        nodes = [(address, port) for address in addresses[:_NODES_TRIED] for port in ports]
+        return [(self.listener.address(), LISTENER_PORT), *nodes]
 
     def probe(self) -> Sequence[Capabilities]:
         from workers.boundaries.namespace.probe import probe  # it plays runs through this driver
