@@ -10,13 +10,13 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.cluster.engines import CHOICES, IMAGE_PREFIX, Ready, ready
-from tests.cluster.namespaces import Site, site
+from tests.cluster.namespaces import Site
 from tests.cluster.pods import eventually
 from workers.cluster_cli import cluster
 from workers.kube import Cluster, Manifest
 from workers.kube.install import wanted
 
-__all__ = ["ready", "site"]
+__all__ = ["ready"]
 OURS = ["--image", IMAGE_PREFIX, "--pool", ""]
 
 

@@ -17,15 +17,13 @@ import pytest
 from typer.testing import CliRunner
 
 from service.core.boundary import BoundaryRef, BoundarySpec, Capabilities
-from tests.cluster.namespaces import Site, site, sweep
+from tests.cluster.namespaces import Site, sweep
 from tests.cluster.pods import eventually
 from workers.boundaries.namespace import driver, probe, render
 from workers.boundaries.namespace.driver import NamespaceBoundary
 from workers.boundaries.namespace.nodes import is_ready
 from workers.cli import commands
 from workers.kube import Cluster, Manifest
-
-__all__ = ["site"]
 
 
 class Probed(Protocol):

@@ -160,6 +160,10 @@ def test_an_untrusted_tenant_of_a_cluster_without_gvisor_is_refused_and_runs_now
         assert "kernel >= sandboxed" in refused["detail"]
         assert lacking(refused)["namespace/runc"] == "kernel >= sandboxed", "that it can be built is no reason"
         assert "RuntimeClass gvisor" in lacking(refused)["namespace/gvisor"]
+        rows = {row["boundary"]: row for row in stranger.get("/v1/capabilities").json()["boundaries"]}
+        assert not rows["namespace/gvisor"]["available"]
+        assert "RuntimeClass gvisor" in rows["namespace/gvisor"]["missing"][0]
+        assert rows["namespace/runc"]["available"]
         ceilings = {"limits": {"memory": "512MiB"}}
         soft = played(tenant(stack, "soft", trust="trusted", quota={"concurrent": 3}, ceilings=ceilings))
         assert soft["placement"]["boundary"] == "namespace/runc", "the control: there is a worker, and it can build"
