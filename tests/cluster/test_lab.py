@@ -210,10 +210,14 @@ def test_a_killed_lab_leaves_no_process_and_no_mount_and_its_end_leaves_nothing(
     left = f"/{cgroups.PREFIX}{secrets.token_hex(4)}"
     cgroups.make(left)
     mine = up(tmp_path / "state", print)
+    held: list[int] = []
     try:
         assert not any((root / left.lstrip("/")).exists() for root in cgroups.hierarchies())  # another's, swept
         assert mine.cgroup != lab.cgroup  # two at once, and the end of one is not the other's
-        worlds = {os.readlink(f"/proc/{mine.pid('etcd')}/ns/{kind}") for kind in ("mnt", "net", "pid")}
+        etcd = mine.pid("etcd")
+        # Held, so that the number of none of them is given to somebody else's, who would then look like ours.
+        held = [os.open(f"/proc/{etcd}/ns/{kind}", os.O_RDONLY) for kind in ("mnt", "net", "pid")]
+        worlds = {os.readlink(f"/proc/self/fd/{world}") for world in held}
         with connect(mine.kubeconfig) as client, namespace(client, "last") as last:
             last.in_phase(last.start(pod("walled", "sleep 600", runtime="gvisor")), "Running")
         assert kinds(traces(mine, worlds)) == {"process", "mount", "cgroup", "folder"}
@@ -225,6 +229,8 @@ def test_a_killed_lab_leaves_no_process_and_no_mount_and_its_end_leaves_nothing(
         mine.end()
     assert traces(mine, worlds) == []
     assert lab.holder()
+    for world in held:
+        os.close(world)
 
 
 def test_a_lab_can_write_nowhere_but_in_its_folder(lab: Lab, tmp_path: Path) -> None:
