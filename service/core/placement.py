@@ -116,7 +116,7 @@ class Placement(_Frozen):
     rejected: tuple[Rejected, ...]
     policy: str
     node_group: str | None = None
-    """Where the tenant had affinity to when its run was placed: what becomes of the tenant later moves no queued run."""
+    """The tenant's, as it was when the run was placed: what becomes of the tenant later moves no queued run."""
 
     @property
     def queue(self) -> str:

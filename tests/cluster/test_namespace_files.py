@@ -5,11 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from service.core.boundary import Ended, Execution, Limit, Share
-from tests.cluster.namespaces import NamespaceKind, Site, site, sweep
+from tests.cluster.namespaces import NamespaceKind, Site, sweep
 from tests.sandboxes import Never, Sink, artifact_limits, make_spec, shell
 from workers.boundaries.namespace.driver import NamespaceBoundary
-
-__all__ = ["site"]
 
 FILES = 64
 

@@ -13,7 +13,7 @@ from service.core.boundary import BoundaryRef, BoundarySpec, Share
 from service.core.controls import Limits
 from service.core.errors import ProvisionFailed
 from tests.cluster.engines import Ready
-from tests.cluster.namespaces import NamespaceKind, Site, site, sweep
+from tests.cluster.namespaces import NamespaceKind, Site, sweep
 from tests.sandboxes import MIB, Never, make_spec, shell
 from workers.boundaries.namespace import driver
 from workers.boundaries.namespace.driver import NamespaceBoundary
@@ -21,8 +21,6 @@ from workers.boundaries.namespace.nodes import GROUP_KEY, TAINT_KEY
 from workers.boundaries.namespace.probe import probe
 from workers.boundaries.namespace.render import namespace_name
 from workers.kube import Manifest
-
-__all__ = ["site"]
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,12 @@ import pytest
 
 from service.core.boundary import tenant_hash
 from tests.cluster.engines import CHOICES
-from tests.cluster.namespaces import Site, site
+from tests.cluster.namespaces import Site
 from tests.cluster.test_namespace_placement import node_of
 from tests.cluster.whole_way import remains
 from tests.stack import Document, NoStack, Stack, eventually, finished, post, run_stack
 from tests.summary import ran
 from workers.kube.install import wanted
-
-__all__ = ["site"]
 
 EXAMPLE = Path(__file__).parents[2] / "examples/tenants"
 """What users read: the tenants, and the one scenario of all of them."""

@@ -62,17 +62,24 @@ class _Never:
 
 def probe(boundary: "NamespaceBoundary") -> Sequence[Capabilities]:
     """A row for each variant that is asked for. Never raises for what a cluster lacks: it says so in `missing`."""
-    return tuple(_row(boundary, variant) for variant in boundary.host.variants)
+    if boundary.host.kubeconfig is None or not boundary.host.image:
+        return tuple(_without(variant, _NO_CLUSTER) for variant in boundary.host.variants)
+    try:
+        nodes = boundary.cluster.list("Node")  # once: rows that differ in nothing else speak of the same moment
+    except BlastdoorError as error:
+        return tuple(_without(variant, f"a cluster that answers: {error}") for variant in boundary.host.variants)
+    return tuple(_row(boundary, variant, nodes) for variant in boundary.host.variants)
 
 
-def _row(boundary: "NamespaceBoundary", variant: str) -> Capabilities:
+def _without(variant: str, missing: str) -> Capabilities:
+    return Capabilities(boundary=f"{BoundaryKind.NAMESPACE}/{variant}", available=False, missing=(missing,))
+
+
+def _row(boundary: "NamespaceBoundary", variant: str, every: Sequence[Manifest]) -> Capabilities:
     missing: list[str] = []
     versions: dict[str, str] = {}
     node_groups: frozenset[str] = frozenset()
-    if boundary.host.kubeconfig is None or not boundary.host.image:
-        return Capabilities(boundary=f"{BoundaryKind.NAMESPACE}/{variant}", available=False, missing=(_NO_CLUSTER,))
     try:
-        every = boundary.cluster.list("Node")
         nodes = [node for node in every if is_ready(node)]
         versions = _versions(nodes)
         runtime_class = None if variant == SOFT else boundary.cluster.get("RuntimeClass", variant)
