@@ -138,8 +138,17 @@ def up(state: Path, say: Callable[[str], None], *, with_us: bool = False) -> Lab
     lab = Lab(state)
     if lab.holder() and _is_up(lab):
         return lab
+    parts = build(say)
+    try:
+        return _started_anew(state, parts, with_us=with_us)
+    except NoLab as why:  # on a machine that is very busy a component may give up before another is there
+        say(f"the lab did not start, so once more: {why}")
+        return _started_anew(state, parts, with_us=with_us)
+
+
+def _started_anew(state: Path, parts: Parts, *, with_us: bool) -> Lab:
     down(state)
-    lab = _start(lab, build(say), with_us=with_us)
+    lab = _start(Lab(state), parts, with_us=with_us)
     try:
         _wait_until_ready(lab)
     except BaseException:
