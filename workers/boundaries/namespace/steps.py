@@ -109,8 +109,9 @@ class _Play:
             ended = ExecEnded("lost", message=str(error))
         duration_s = time.monotonic() - started_at
         why = self._why(ended)
-        if self._told_until is not None and why is Ended.EXITED and self._frames.report is not None:
-            duration_s = self._frames.report.took_s  # the rest is the API server's
+        report = self._frames.report
+        if why is Ended.EXITED and report is not None and duration_s - report.took_s > _QUICK_S:
+            duration_s = report.took_s  # the rest is the API server's
         if why in (Ended.STEP_TIMEOUT, Ended.WALL_TIMEOUT):
             self._clear()
         elif why not in (Ended.EXITED, Ended.NOT_STARTED, Ended.BROKEN):
