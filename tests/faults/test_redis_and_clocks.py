@@ -17,6 +17,7 @@ import pytest
 
 from examples.main_app.consumer import GROUP, STREAM, Consumer
 from examples.main_app.inbox import Customer, Inbox
+from service.adapters.celery_queue import queue_name
 from service.adapters.redis_bus import RedisBus
 from tests.faults.place import ROOT, SCALED, Forks, Place, eventually
 from tests.faults.program import PAPER, WITHOUT_LIFETIME
@@ -105,6 +106,8 @@ def test_d47_runs_outlive_a_redis_that_is_killed_and_one_that_forgets(forks: For
         began = time.monotonic()
         eventually(place.settled, seconds=RECOVERS_WITHIN_S, why=place.told)
         reaper.end()  # so that nobody rings again
+        with place.redis.client() as client:  # and what has been rung is heard
+            eventually(lambda: not client.llen(queue_name("gvisor")) and not client.hlen("unacked"), why=place.told)
         canary = scene.submit(rings=0)
         time.sleep(2 * float(SCALED["BLASTDOOR_RING_AFTER_S"]))
         assert scene.row(canary)["phase"] == "queued", "the control: it is the reconciler who rings, and nobody else"
