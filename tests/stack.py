@@ -105,15 +105,20 @@ class Stack:
         return {pid: stat[19] for pid in line if (stat := parents.get(pid))}
 
     def pool(self) -> list[int]:
-        """The worker's children, which play the runs."""
-        worker = str(self.children["worker"])
-        return [pid for pid in self.worker_processes() if (stat := _stat(pid)) and stat[1] == worker]
+        """The worker's forks, which play the runs; its warm supervisor is another program."""
+        worker = self.children["worker"]
+        ours = _words(worker)
+        return [
+            pid
+            for pid in self.worker_processes()
+            if (stat := _stat(pid)) and stat[1] == str(worker) and _words(pid) == ours
+        ]
 
     @contextmanager
     def no_worker_dies(self) -> Iterator[None]:
-        """The worker is the same process afterwards, with as many children. Which ones is Celery's business: it
+        """The worker is the same process afterwards, with all its children. Which ones is Celery's business: it
         replaces a child after 50 runs."""
-        worker, children = self.children["worker"], len(self.pool())
+        worker, children = self.children["worker"], int(SETTINGS["BLASTDOOR_WORKER_CONCURRENCY"])
         yield
         assert self.children["worker"] == worker, "the worker itself died"
         assert eventually(lambda: len(self.pool()) == children), "its pool is not whole"
@@ -355,6 +360,14 @@ def _stat(pid: int) -> list[str] | None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+
+
+def _words(pid: int) -> bytes:
+    """Its command line; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def _rss_bytes(pid: int) -> int:

@@ -39,7 +39,9 @@ LOST, INTERNAL = ("errored", "worker_lost", 1), ("errored", "internal", 1)
 ALWAYS = "claim.after:exit"
 LANES = {Action.EXIT: 3, Action.RAISE: 1, Action.STOP: 3}
 ONLY_NAMESPACE = {"BLASTDOOR_BOUNDARIES": '["namespace"]'}
-LEASE_S = float(SCALED["BLASTDOOR_LEASE_S"])
+LEASE_S = 3.5
+TIMES = SCALED | {"BLASTDOOR_LEASE_S": str(LEASE_S), "BLASTDOOR_SELF_FENCE_S": "2.6"}
+"""Eight workers at once on two cores: a lease must outlast their waiting for each other."""
 STEPS = [{"name": f"step {n}", "run": ["sleep", "0.3"]} for n in (1, 2)]
 
 pytestmark = pytest.mark.timeout(240)
@@ -149,7 +151,7 @@ def played(forks: Forks) -> Iterator[Played]:
     cases = {(point, action): Case(point, action) for point in LINE for action in Action}
     with (
         tempfile.TemporaryDirectory(prefix="bd-faults-") as directory,
-        run_place(forks, Path(directory)) as place,
+        run_place(forks, Path(directory), settings=TIMES) as place,
         Recorder(Path(directory) / "history.jsonl") as recorder,
     ):
         add_tenant(place.store, concurrent=100, queued=1000)
