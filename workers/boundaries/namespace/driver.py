@@ -178,8 +178,8 @@ class NamespaceBoundary:
             PREFIX + "kind": self.kind.value,
             PREFIX + "site": as_label(self._host.site),
         }
-        found = self._brief.list("Namespace", labels=mine)
-        found += self._brief.list("Pod", labels=mine | {PREFIX + "variant": SOFT})
+        found = self.brief.list("Namespace", labels=mine)
+        found += self.brief.list("Pod", labels=mine | {PREFIX + "variant": SOFT})
         for one in found:
             ref = read_labels(one["metadata"].get("labels") or {}, site=self._host.site)
             if ref is not None and one["metadata"]["name"] == ref.name:
@@ -248,7 +248,7 @@ class NamespaceBoundary:
         return self._connected[1:]
 
     @property
-    def _brief(self) -> Cluster:
+    def brief(self) -> Cluster:
         """For what is asked again soon: a reaper has other kinds to look at while a cluster is away."""
         if self._host.kubeconfig is None:
             raise ClusterError(_NO_CLUSTER)

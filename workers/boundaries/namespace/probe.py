@@ -65,7 +65,7 @@ def probe(boundary: "NamespaceBoundary") -> Sequence[Capabilities]:
     if boundary.host.kubeconfig is None or not boundary.host.image:
         return tuple(_without(variant, _NO_CLUSTER) for variant in boundary.host.variants)
     try:
-        nodes = boundary.cluster.list("Node")  # once: rows that differ in nothing else speak of the same moment
+        nodes = boundary.brief.list("Node")  # once: rows that differ in nothing else speak of the same moment
     except BlastdoorError as error:
         return tuple(_without(variant, f"a cluster that answers: {error}") for variant in boundary.host.variants)
     return tuple(_row(boundary, variant, nodes) for variant in boundary.host.variants)
