@@ -13,8 +13,10 @@ import pytest
 from tests import summary
 
 FOLDERS = frozenset({"unit", "contract", "integration", "escape", "faults", "cluster", "e2e"})
-TOGETHER = "tests/cluster/"
-"""Files that stay in one process where tests run side by side: they share a cluster, which costs seconds and memory."""
+CLUSTER = "tests/cluster/test_"
+OF_THE_DRIVER = "namespace_"
+"""Where tests run side by side, those on a cluster stay in two processes: these, and the others. Each has a cluster,
+which costs seconds and memory."""
 # Reasons for which a test may be skipped in CI. Empty: what CI cannot run, we do not claim.
 SKIPS_ALLOWED_IN_CI: frozenset[str] = frozenset()
 
@@ -46,7 +48,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class _Together(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return TOGETHER if file.startswith(TOGETHER) else file
+            if not file.startswith(CLUSTER):
+                return file
+            return CLUSTER + ("driver" if file.removeprefix(CLUSTER).startswith(OF_THE_DRIVER) else "others")
 
     return _Together(config, log)
 

@@ -152,6 +152,7 @@ def test_a_pod_that_was_made_cannot_become_one_that_must_not_be(ready: Ready, ba
     where = f"/api/v1/namespaces/{metadata['namespace']}/pods/canary"
     live = ready.admin.get("Pod", metadata["name"], metadata["namespace"])
     assert live is not None
+    del live["metadata"]["resourceVersion"]  # whatever the control plane has written to it since
     for change in ({"annotations": {"dev.gvisor.flag.network": "host"}}, {"finalizers": ["example.com/stay"]}):
         changed = live | {"metadata": live["metadata"] | change}
         with pytest.raises(ClusterError, match=r"(annotations|ends): "):

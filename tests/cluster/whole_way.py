@@ -132,6 +132,7 @@ def ground(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gro
         "BLASTDOOR_BOUNDARIES": '["namespace"]',
         "BLASTDOOR_KUBECONFIG": str(site.ready.engine_kubeconfig),
         "BLASTDOOR_KUBE_IMAGE": image,
+        "BLASTDOOR_WORKER_CONCURRENCY": "4",  # they wait for the cluster most of the time
     }
     try:
         with run_stack(folder, **given) as stack:

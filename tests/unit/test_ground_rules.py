@@ -122,11 +122,26 @@ def test_tests_that_share_a_cluster_run_in_one_process(rules: pytest.Pytester) -
     for folder in ("unit", "cluster"):
         place = rules.path / "tests" / folder
         place.mkdir(parents=True)
-        for number in range(6):
-            (place / f"test_{folder}_{number}.py").write_text(WHERE)
+        for name in "abcdef":
+            (place / f"test_{folder}_{name}.py").write_text(WHERE)
 
     _run(rules, "-p", "xdist.plugin", "-n", "2", "--dist", "loadfile", "tests").assert_outcomes(passed=12)
 
     ran = [line.split() for line in rules.path.joinpath("where").read_text().splitlines()]
     assert len({process for folder, process in ran if folder == "cluster"}) == 1
     assert len({process for folder, process in ran}) == 2, "nothing ran side by side"
+
+
+def test_those_of_its_driver_have_one_of_their_own(rules: pytest.Pytester) -> None:
+    place = rules.path / "tests" / "cluster"
+    place.mkdir(parents=True)
+    for name in ("namespace_a", "namespace_b", "namespace_c", "escape_a", "escape_b", "lab", "policy"):
+        (place / f"test_{name}.py").write_text(WHERE.replace("__file__.split('/')[-2]", "__file__.split('/')[-1][5:8]"))
+
+    _run(rules, "-p", "xdist.plugin", "-n", "2", "--dist", "loadfile", "tests").assert_outcomes(passed=7)
+
+    ran = [line.split() for line in rules.path.joinpath("where").read_text().splitlines()]
+    processes = {kind: {process for one, process in ran if one == kind} for kind, _ in ran}
+    assert processes["esc"] == processes["lab"] == processes["pol"]
+    assert all(len(found) == 1 for found in processes.values())
+    assert processes["nam"] != processes["esc"], "nothing ran side by side"
