@@ -49,7 +49,8 @@ def _how_it_went(run: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
         yield "reason", ": ".join(str(part) for part in (run["reason"], run["message"]) if part)
     if usage := run["usage"]:
         times = f"{seconds_text(usage['wall_s'])} wall, {seconds_text(usage['cpu_s'])} CPU"
-        yield "used", f"{times}, {bytes_text(usage['peak_memory_bytes'])} memory at most"
+        peak = usage["peak_memory_bytes"]  # 0 where nobody could look: no guest gets by without any
+        yield "used", f"{times}, {f'{bytes_text(peak)} memory at most' if peak else 'memory not known'}"
     for artifact in run["artifacts"]:
         yield "artifact", f"{artifact['path']} ({bytes_text(artifact['bytes'])})"
     for skipped in run["skipped_artifacts"]:
@@ -119,5 +120,7 @@ def _evidence(evidence: Mapping[str, Any]) -> Iterator[str]:
     for name, value in evidence["limits"].items():
         if name.endswith("_bytes"):
             yield f"{name.removesuffix('_bytes')} <= {bytes_text(value)}"
+        elif name != "cpu" and str(value).isdigit() and isinstance(value, str):  # a quantity of Kubernetes
+            yield f"{name} <= {bytes_text(int(value))}"
         else:
             yield f"{name} <= {value}"

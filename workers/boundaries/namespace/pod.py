@@ -37,12 +37,13 @@ class Pod:
 
     def command(
         self, *words: str, deadline: float, on_output: Listener, stdin: Iterable[bytes] | None = None,
-        stop: Callable[[], bool] = lambda: False,
+        stop: Callable[[], bool] = lambda: False, begins: Callable[[], None] = lambda: None,
     ) -> ExecEnded:  # fmt: skip
-        """`deadline` is monotonic. Raises ClusterError when it could not even be asked."""
+        """`deadline` is monotonic; `begins` is called when the word is about to be said. Raises ClusterError when it
+        could not even be asked."""
         return self.cluster.exec_(
             self.namespace, self.name, CONTAINER, [self.init, *words],
-            stdin=stdin, on_output=on_output, deadline=deadline, stop=stop,
+            stdin=stdin, on_output=on_output, deadline=deadline, stop=stop, begins=begins,
         )  # fmt: skip
 
     def says(

@@ -36,6 +36,7 @@ _QUICK_S = 1.0
 _LATE_S, _VERY_LATE_S = 0.2, 3.0
 """What an API server may still bring of a step whose time is over: one that answers as ever, and one that was away."""
 _PATIENCE_S = 120.0
+"""Beyond a step's time, for all that an API server is late with, the beginning included."""
 _CHUNK = 256 * 1024
 _E2BIG = 7
 
@@ -88,6 +89,7 @@ class _Play:
         self._message = ""
         self._exit_code: int | None = None
         self._signal: int | None = None
+        self._began_at = 0.0
         self._ends_at = self._may_take_s = float("inf")
         self._told_until: float | None = None
         """Once its time is over: until when its end may still be told."""
@@ -97,17 +99,15 @@ class _Play:
         if request is None:
             self._message = os.strerror(_E2BIG)
             return self._execution(Ended.NOT_STARTED, 0.0)
-        started_at = time.monotonic()
-        self._may_take_s = min(self._step.timeout_s, self._guest.wall_ends_at - started_at)
-        self._ends_at = started_at + self._may_take_s
+        self._begin()
         try:
             ended = self._guest.pod.command(
                 "step", stdin=_chunks(request, self._step.stdin), on_output=self._take, stop=self._is_over,
-                deadline=self._ends_at + _PATIENCE_S,
+                deadline=self._ends_at + _PATIENCE_S, begins=self._begin,
             )  # fmt: skip
         except ClusterError as error:
             ended = ExecEnded("lost", message=str(error))
-        duration_s = time.monotonic() - started_at
+        duration_s = time.monotonic() - self._began_at
         why = self._why(ended)
         report = self._frames.report
         if why is Ended.EXITED and report is not None and duration_s - report.took_s > _QUICK_S:
@@ -117,6 +117,12 @@ class _Play:
         elif why not in (Ended.EXITED, Ended.NOT_STARTED, Ended.BROKEN):
             self._guest.end()
         return self._execution(why, duration_s)
+
+    def _begin(self) -> None:
+        """Its time counts from here: again from when the API server takes it, should that have been away."""
+        self._began_at = time.monotonic()
+        self._may_take_s = min(self._step.timeout_s, self._guest.wall_ends_at - self._began_at)
+        self._ends_at = self._began_at + self._may_take_s
 
     def _take(self, stream: str, data: bytes) -> None:
         """Our program says nothing on stderr; the container runtime may, when it cannot start it."""
