@@ -12,9 +12,10 @@ import pytest
 
 from tests import summary
 
-FOLDERS = frozenset({"unit", "contract", "integration", "escape", "faults", "cluster", "e2e"})
+FOLDERS = ("cluster", "faults", "escape", "e2e", "integration", "contract", "unit")
+"""In the order in which they run: what takes long begins first, so that nothing long is left alone at the end."""
 CLUSTER = "tests/cluster/test_"
-OF_THE_DRIVER = "namespace_"
+OF_THE_DRIVER = ("namespace_", "kube_", "templates")
 """Where tests run side by side, those on a cluster stay in two processes: these, and the others. Each has a cluster,
 which costs seconds and memory."""
 # Reasons for which a test may be skipped in CI. Empty: what CI cannot run, we do not claim.
@@ -28,8 +29,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        for folder in FOLDERS.intersection(_folders(item.path)):
+        for folder in set(FOLDERS).intersection(_folders(item.path)):
             item.add_marker(folder)
+    items.sort(key=lambda item: min((FOLDERS.index(one) for one in _folders(item.path) if one in FOLDERS), default=0))
 
 
 def _folders(path: Path) -> list[str]:
@@ -40,7 +42,7 @@ def _folders(path: Path) -> list[str]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`--dist loadfile`, with what belongs together as one file; the largest goes first."""
+    """`--dist loadfile`, with what belongs together as one file."""
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling  # only here is it certain to be installed
