@@ -19,10 +19,10 @@ demo-cluster: root ## Three tenants behind three walls in a Kubernetes cluster (
 	@scripts/setup.sh
 	@$(PYTHON) examples/demo_cluster.py $(ARGS)
 
-test: root ## Run every test, four files at a time, in real sandboxes; ARGS="-k words" chooses some
+test: root ## Run every test, three files at a time, in real sandboxes; ARGS="-k words" chooses some
 	@scripts/setup.sh
 	@$(if $(ARGS),,$(PYTHON) -m tests.cluster.lab build || echo "make test: tests on a cluster are skipped, and in CI fail")
-	@$(PYTHON) -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: ## Formatting, lint, types, import contracts, .env.example
 	@scripts/setup.sh --development

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,10 +39,10 @@ def built() -> parts.Parts:
 
 
 @pytest.fixture(scope="session")
-def lab(built: parts.Parts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """One lab for the session, ended with it."""
+def lab(built: parts.Parts) -> Iterator[Lab]:
+    """One lab for the session, ended with it. In a folder with a short name: the paths of its sockets have to fit."""
     try:
-        with running_lab(tmp_path_factory.mktemp("lab") / "state", _say) as lab:
+        with tempfile.TemporaryDirectory(prefix="bd-lab-") as folder, running_lab(Path(folder) / "state", _say) as lab:
             ran("cluster", f"lab, Kubernetes {parts.KUBERNETES}")
             yield lab
     except NoLab as why:

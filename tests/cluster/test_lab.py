@@ -3,6 +3,7 @@
 import os
 import secrets
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -214,10 +215,16 @@ def test_a_controller_made_inert_enforces_nothing(lab: Lab, client: httpx.Client
 # --- Its end --------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_lab_leaves_no_process_and_no_mount_and_its_end_leaves_nothing(lab: Lab, tmp_path: Path) -> None:
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="bd-lab-") as folder:
+        yield Path(folder)
+
+
+def test_a_killed_lab_leaves_no_process_and_no_mount_and_its_end_leaves_nothing(lab: Lab, short_path: Path) -> None:
     left = f"/{cgroups.PREFIX}{secrets.token_hex(4)}"
     cgroups.make(left)
-    mine = up(tmp_path / "state", print)
+    mine = up(short_path / "state", print)
     held: list[int] = []
     try:
         assert not any((root / left.lstrip("/")).exists() for root in cgroups.hierarchies())  # another's, swept

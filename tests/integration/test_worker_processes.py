@@ -514,7 +514,7 @@ def test_a_worker_that_is_told_to_stop_lets_its_run_end_and_then_stops_at_once(s
     assert (done.phase, done.outcome) == (Phase.FINISHED, Outcome.PASSED), site.told()
     assert done.boundary_destroyed_at is not None
     assert types_told(site.store, run.id) == WHOLE_LIFE
-    assert took < 3.0 + 5.0
+    assert took < 20.0, "as soon as its run has ended"
     assert site.shown(waits).phase is Phase.QUEUED, "nothing new was begun"
     assert worker.id not in {row.id for row in site.workers()}
     assert site.worker is not worker

@@ -30,8 +30,8 @@ from workers.kube import ClusterError, ExecEnded
 
 _OUTPUT_FACTOR = 64
 """A run that prints so many times its limit is ended."""
-_TOLD_WITHIN_S = 3.0
-"""The kubelet looks at its containers once a second."""
+_TOLD_WITHIN_S = 15.0
+"""The kubelet looks at its containers once a second, and tells the API server when it comes to it."""
 _QUICK_S = 1.0
 _LATE_S, _VERY_LATE_S = 0.2, 3.0
 """What an API server may still bring of a step whose time is over: one that answers as ever, and one that was away."""
@@ -143,10 +143,7 @@ class _Play:
         now = time.monotonic()
         if self._garbled is not None:
             self._over = Ended.LOST
-        elif self._guest.printed_bytes > _OUTPUT_FACTOR * self._guest.limits.output:
-            self._limits.add(Limit.OUTPUT)
-            self._over = Ended.LIMIT
-        elif self._has_too_many_files():
+        elif self._has_printed_too_much() or self._has_too_many_files():
             self._over = Ended.LIMIT
         elif self._guest.cancelled.is_set():
             self._over = Ended.CANCELLED
@@ -193,7 +190,7 @@ class _Play:
             return Ended.LIMIT
         if self._told_until is not None and report.took_s >= self._may_take_s:
             return self._timeout()
-        if self._has_too_many_files():
+        if self._has_printed_too_much() or self._has_too_many_files():
             return Ended.LIMIT
         if report.not_started is not None:
             self._message = f"{self._step.argv[0]}: {os.strerror(report.not_started)}"
@@ -201,6 +198,12 @@ class _Play:
         self._message = ""
         self._exit_code, self._signal = report.exited, report.signalled
         return Ended.EXITED
+
+    def _has_printed_too_much(self) -> bool:
+        """Also when it has ended by itself before that was looked at."""
+        if self._guest.printed_bytes > _OUTPUT_FACTOR * self._guest.limits.output:
+            self._limits.add(Limit.OUTPUT)
+        return Limit.OUTPUT in self._limits
 
     def _has_too_many_files(self) -> bool:
         """No volume of a pod can refuse a file for their number: they are counted ten times a second, and above the
