@@ -19,7 +19,7 @@ from urllib3.exceptions import HTTPError
 
 from service.core.boundary import Listener
 from workers.kube import exec_
-from workers.kube.connection import PATIENCE_S, PAUSE_S, Access, Answer, Connection
+from workers.kube.connection import JSON, PATIENCE_S, PAUSE_S, Access, Answer, Connection
 from workers.kube.errors import ClusterError, NotBegun, Taken
 from workers.kube.exec_ import ExecEnded
 from workers.kube.manifests import Manifest
@@ -46,6 +46,8 @@ _PATHS = {  # kind -> (apiVersion, plural, in a namespace)
     "Event": ("v1", "events", True),
     "FlowSchema": ("flowcontrol.apiserver.k8s.io/v1", "flowschemas", False),
     "LimitRange": ("v1", "limitranges", True),
+    "MutatingAdmissionPolicy": ("admissionregistration.k8s.io/v1", "mutatingadmissionpolicies", False),
+    "MutatingAdmissionPolicyBinding": ("admissionregistration.k8s.io/v1", "mutatingadmissionpolicybindings", False),
     "Namespace": ("v1", "namespaces", False),
     "NetworkPolicy": ("networking.k8s.io/v1", "networkpolicies", True),
     "Node": ("v1", "nodes", False),
@@ -249,9 +251,10 @@ class Cluster:
 
     # --- Any other question -------------------------------------------------------------------------------------------
 
-    def raw(self, method: str, where: str, *, body: Manifest | None = None) -> Answer:
-        """One request to any path, with the answer's headers: for a check of the API server itself."""
-        return self._connection.ask(method, where, body=body)
+    def raw(self, method: str, where: str, *, body: Manifest | None = None, content: str = JSON) -> Answer:
+        """One request to any path, with the answer's headers: for a check of the API server itself, and for kinds that
+        others define."""
+        return self._connection.ask(method, where, body=body, content=content)
 
     def _get(self, where: str) -> Manifest | None:
         try:

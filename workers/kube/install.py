@@ -22,12 +22,14 @@ _USER = re.compile(r"[A-Za-z0-9:._@/-]{1,253}")
 @dataclass(frozen=True, kw_only=True)
 class Choices:
     """What differs from cluster to cluster. `image_prefix`: what every image of a sandbox begins with, up to `/` or
-    `@`. `pool`: labels of the nodes for sandboxes; none: any node."""
+    `@`. `pool`: labels of the nodes for sandboxes; none: any node. `own_api`: the cluster belongs to one run, whose pod
+    may come with a token for it (`workers/pods/own_api.py`)."""
 
     image_prefix: str
     engine: str = ENGINE
     max_s: int = MAX_S
     pool: Mapping[str, str] = field(default_factory=lambda: dict(POOL))
+    own_api: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError. The engine's name becomes part of an expression, so it has no quotation mark."""
@@ -46,6 +48,7 @@ def wanted(choices: Choices) -> Sequence[Manifest]:
         "engine": choices.engine,
         "image_prefix": choices.image_prefix,
         "max_seconds": choices.max_s,
+        "own_api": "true" if choices.own_api else "false",
         "scheduling": scheduling,
     }
     return [

@@ -14,6 +14,7 @@ from workers.kube.manifests import PREFIX
 
 VARIANTS = ("runc", "gvisor", "kata-qemu", "kata-fc")
 CONTAINER, ACCOUNT, PRIORITY = "run", "sandbox", "blastdoor-low"
+OWN_API_VOLUME, AUTHORITY = "kubernetes-api", "kube-root-ca.crt"
 BOUNDED = ("cpu", "memory", "ephemeral-storage")
 TIED = ("installation", "tenant-hash", "variant")
 """Labels that a pod has from its namespace."""
@@ -27,10 +28,11 @@ _HOOKS = ("lifecycle", "livenessProbe", "readinessProbe", "startupProbe")
 @dataclass(frozen=True)
 class Admission:
     """What the rules are told of this cluster. `image_prefix` ends in `/` or `@`; `max_s`: the longest that any pod
-    lives, in seconds."""
+    lives, in seconds; `own_api`: the cluster belongs to one run, whose pod may have the way to its API."""
 
     image_prefix: str
     max_s: int
+    own_api: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,20 @@ def _image(pod: _Pod) -> bool:
 
 
 def _volumes(pod: _Pod) -> bool:
-    sizes = [(one.get("emptyDir") or {}).get("sizeLimit") for one in pod.spec.get("volumes") or ()]
-    media = [(one.get("emptyDir") or {}).get("medium", "") for one in pod.spec.get("volumes") or ()]
+    volumes = [one for one in pod.spec.get("volumes") or () if not (pod.admission.own_api and _is_way_to_api(one))]
+    sizes = [(one.get("emptyDir") or {}).get("sizeLimit") for one in volumes]
+    media = [(one.get("emptyDir") or {}).get("medium", "") for one in volumes]
     return all(sizes) and set(media) <= {"", "Memory"} and not pod.container.get("volumeDevices")
+
+
+def _is_way_to_api(volume: Mapping[str, Any]) -> bool:
+    """A token of the pod's own account, the cluster's authority, and what the pod's own annotations say."""
+    sources = (volume.get("projected") or {}).get("sources") or ()
+    known = [
+        "serviceAccountToken" in one or (one.get("configMap") or {}).get("name") == AUTHORITY or "downwardAPI" in one
+        for one in sources
+    ]
+    return volume.get("name") == OWN_API_VOLUME and bool(known) and all(known)
 
 
 def _ends(pod: _Pod) -> bool:
