@@ -5,9 +5,11 @@ Never a shell, never the worker's own environment (it holds secrets), no descrip
 
 import os
 import selectors
+import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from service.core.errors import BlastdoorError
 PATH_ONLY: Mapping[str, str] = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
 """The environment of a tool that needs none."""
 _CHUNK = 65536
+_LOOK_S = 0.1
 
 
 class ProcessFailed(BlastdoorError):
@@ -37,6 +40,15 @@ class Finished:
     @property
     def text(self) -> str:
         return self.stdout.decode("utf-8", "replace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Followed:
+    """`status` as in Finished, None where we ended it. `said`: the last of its stderr, where programs that fail say
+    why."""
+
+    status: int | None
+    said: str
 
 
 class Child:
@@ -93,6 +105,48 @@ def run(
     return Finished(status=status, stdout=bytes(stdout), stderr=bytes(stderr), truncated=truncated)
 
 
+def follow(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    timeout_s: float,
+    tell: Callable[[str], None],
+    unwanted: Callable[[], bool],
+    max_output: int = 16384,
+) -> Followed:
+    """Run a program that takes its time to its end, and tell each line of its stderr as it comes. As soon as it is
+    `unwanted`, or after `timeout_s`, it is killed with all that it started (its process group). Raises ProcessFailed
+    when it cannot be started."""
+    deadline = time.monotonic() + timeout_s
+    process = _popen(argv, env=env, cwd=Path("/"), stdin=subprocess.DEVNULL, output=None, errors=subprocess.PIPE)
+    assert process.stderr is not None
+    said, rest, is_open = b"", b"", True
+    with process, selectors.DefaultSelector() as selector:
+        selector.register(process.stderr, selectors.EVENT_READ)
+        try:
+            while is_open or process.poll() is None:
+                if unwanted() or time.monotonic() > deadline:
+                    break
+                if not is_open:
+                    time.sleep(_LOOK_S)
+                elif selector.select(_LOOK_S):
+                    chunk = os.read(process.stderr.fileno(), _CHUNK)
+                    is_open = chunk != b""
+                    said = (said + chunk)[-max_output:]
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    rest = rest[-max_output:]
+                    for line in lines:
+                        tell(line.decode("utf-8", "replace"))
+                elif process.poll() is not None:
+                    break  # what it left behind may hold the pipe for ever
+        finally:
+            status = process.poll()
+            if status is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+    return Followed(status=status, said=said.decode("utf-8", "replace"))
+
+
 def spawn(argv: Sequence[str], *, env: Mapping[str, str], stdin: int) -> Child:
     """Start a program of ours that lives beside this process, in a session of its own: a terminal's Ctrl-C is ours to
     handle, not its. `stdin` is a descriptor; errors go where ours go. Raises ProcessFailed."""
@@ -100,8 +154,16 @@ def spawn(argv: Sequence[str], *, env: Mapping[str, str], stdin: int) -> Child:
 
 
 def _popen(
-    argv: Sequence[str], *, env: Mapping[str, str], cwd: Path | None, stdin: int, output: int | None
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    cwd: Path | None,
+    stdin: int,
+    output: int | None,
+    errors: int | None = None,
 ) -> "subprocess.Popen[bytes]":
+    """`output` is of both streams; with None stdout is thrown away, and errors go where ours go. `errors` is stderr's
+    own."""
     try:
         return subprocess.Popen(
             list(argv),
@@ -109,7 +171,7 @@ def _popen(
             cwd=cwd,
             stdin=stdin,
             stdout=subprocess.DEVNULL if output is None else output,
-            stderr=output,
+            stderr=output if errors is None else errors,
             close_fds=True,
             start_new_session=True,
         )
