@@ -14,7 +14,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-BOUNDARIES = (Path("workers/boundaries/gvisor"), Path("workers/boundaries/namespace"))
+INITS = (Path("workers/boundaries/gvisor"), Path("workers/pods"))
 CFLAGS = ("-Os", "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector")
 
 
@@ -25,18 +25,18 @@ class SandboxInitHook(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         root = Path(self.root)
-        for boundary in BOUNDARIES:
-            source, binary = root / boundary / "init.c", root / boundary / "init"
+        for folder in INITS:
+            source, binary = root / folder / "init.c", root / folder / "init"
             if not source.exists():
                 continue
             compile_init(source=source, binary=binary)
-            build_data["artifacts"].append(f"/{boundary / 'init'}")
+            build_data["artifacts"].append(f"/{folder / 'init'}")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 
     def clean(self, versions: list[str]) -> None:
-        for boundary in BOUNDARIES:
-            (Path(self.root) / boundary / "init").unlink(missing_ok=True)
+        for folder in INITS:
+            (Path(self.root) / folder / "init").unlink(missing_ok=True)
 
 
 def compile_init(*, source: Path, binary: Path) -> None:

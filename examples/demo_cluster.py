@@ -26,7 +26,7 @@ from rich.table import Table
 
 from examples.demo import BLASTDOOR, Demo, Disappointed, eventually, title
 from service.cli.printing import visible
-from workers.boundaries.namespace.nodes import GROUP_KEY, TAINT_KEY, groups
+from workers.pods.nodes import GROUP_KEY, TAINT_KEY, groups
 from workers.kube import PREFIX, Cluster, ClusterError
 
 TENANTS = Path(__file__).parent / "tenants"

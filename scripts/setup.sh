@@ -211,7 +211,7 @@ prepare_environment() {
         install_dependencies
         echo "$locked" >"$VENV/.locked"
     fi
-    package=$(pwd; sha256sum pyproject.toml hatch_build.py workers/boundaries/*/init.c workers/boundaries/*/inside/*.h 2>/dev/null || true)
+    package=$(pwd; sha256sum pyproject.toml hatch_build.py workers/boundaries/*/init.c workers/pods/init.c workers/pods/inside/*.h 2>/dev/null || true)
     if [ "$package" != "$(cat "$VENV/.package" 2>/dev/null)" ] || ! sandbox_init_is_built; then
         install_package
         echo "$package" >"$VENV/.package"

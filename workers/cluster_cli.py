@@ -20,10 +20,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from service.core.boundary import BoundaryKind
-from workers.boundaries.namespace.image import ImageRefused, pack
 from workers.kube import Cluster, ClusterError
 from workers.kube.check import Row, State, check, matrix
 from workers.kube.install import ENGINE, MAX_S, POOL, Choices, wanted
+from workers.pods.image import ImageRefused, pack
 from workers.registry import Warmable, load
 
 cluster = typer.Typer(no_args_is_help=True, help="A Kubernetes cluster that sandboxes are made in.")

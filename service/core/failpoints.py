@@ -54,7 +54,7 @@ PLACES: Mapping[Failpoint, frozenset[str]] = {
         {
             "workers.boundaries.fake:FakeBoundary.open",
             "workers.boundaries.gvisor.driver:GvisorBoundary._make",
-            "workers.boundaries.namespace.driver:NamespaceBoundary._make",
+            "workers.pods.opening:Opening.make",
         }
     ),
     Failpoint.OPEN_CREATED: frozenset(

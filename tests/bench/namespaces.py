@@ -27,8 +27,8 @@ from tests.cluster.engines import Ready, make_ready
 from tests.cluster.lab.outside import running_lab
 from tests.contract.store_steps import add_run, add_tenant, claimed
 from workers.boundaries.namespace.driver import NamespaceBoundary, NamespaceHost
-from workers.boundaries.namespace.render import render_namespace
 from workers.kube import Cluster
+from workers.pods.render import render_namespace
 from workers.reaper import SITE_SILENT, Reaper, watch_sites
 from workers.reconcile import reconcile
 

@@ -27,9 +27,9 @@ from tests.cluster.engines import Ready, make_ready
 from tests.cluster.lab.client import connect
 from tests.cluster.lab.outside import running_lab
 from tests.cluster.namespaces import GIVEN_IMAGE, load_runtime
-from workers.boundaries.namespace.pod import is_running
-from workers.boundaries.namespace.render import CONTAINER, LISTENER_PORT, init_at, render_namespace, render_pod
 from workers.kube import Cluster, Manifest
+from workers.pods.pod import is_running
+from workers.pods.render import CONTAINER, LISTENER_PORT, init_at, render_namespace, render_pod
 
 PAIRS = int(os.environ.get("BENCH_PODS", "20"))
 COUNTED = int(os.environ.get("BENCH_PODS_COUNTED", "5"))

@@ -26,8 +26,8 @@ from tests.contract.boundary_kinds import Shelled
 from tests.sandboxes import Never, make_ref, make_spec, shell
 from tests.summary import ran
 from workers.boundaries.namespace.driver import NamespaceBoundary, NamespaceHost
-from workers.boundaries.namespace.render import labels, listener_namespace, namespace_name
 from workers.kube import ClusterError
+from workers.pods.render import labels, listener_namespace, namespace_name
 
 GIVEN = ("KUBECONFIG_FOR_TESTS", "KUBECONFIG")
 """For a cluster that is given: the first that is set counts."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tests.cluster.lab.images import write_image
-from workers.boundaries.namespace.protocol import INIT, READABLE_INIT
+from workers.pods.protocol import INIT, READABLE_INIT
 
-INIT_BINARY = Path(__file__).parents[2] / "workers/boundaries/namespace/init"
+INIT_BINARY = Path(__file__).parents[2] / "workers/pods/init"
 PREFIX = "blastdoor.test/"
 _NAME = f"{PREFIX}runtime"
 

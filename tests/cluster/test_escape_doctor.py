@@ -19,13 +19,14 @@ from tests.cluster.lab.outside import Lab
 from tests.cluster.namespaces import Site, sweep
 from tests.cluster.pods import eventually
 from tests.cluster.python_image import load_python
-from workers.boundaries.namespace import pod, probe
+from workers.boundaries.namespace import probe
 from workers.boundaries.namespace.driver import NamespaceBoundary, NamespaceHost
-from workers.boundaries.namespace.sandbox import NamespaceSandbox
 from workers.cli import commands
 from workers.conformance.corpus import CASES
 from workers.conformance.run import Arena, Outcome
 from workers.conformance.stage import set_stage
+from workers.pods import pod
+from workers.pods.sandbox import PodSandbox
 from workers.registry import DRIVERS
 
 BY_ID = {case.id: case for case in CASES}
@@ -186,13 +187,13 @@ def test_a_policy_that_stops_being_enforced_fails_the_case_of_the_listeners(
 def test_an_engine_that_hands_on_its_environment_fails_the_case_of_the_environment(
     arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    execute = NamespaceSandbox.execute
+    execute = PodSandbox.execute
 
-    def careless(sandbox: NamespaceSandbox, step: StepSpec, **more: Any) -> Execution:
+    def careless(sandbox: PodSandbox, step: StepSpec, **more: Any) -> Execution:
         return execute(
             sandbox, step.model_copy(update={"env": dict(step.env) | {"KUBERNETES_SERVICE_HOST": "x"}}), **more
         )
 
-    monkeypatch.setattr(NamespaceSandbox, "execute", careless)
+    monkeypatch.setattr(PodSandbox, "execute", careless)
     assert arena.judge(BY_ID["D30"]).why == "named KUBERNETES_SERVICE_HOST"
     assert "KUBERNETES_SERVICE_HOST" in arena.judge(BY_ID["D29"]).why

@@ -20,8 +20,8 @@ from tests.cluster.namespaces import NamespaceKind, Site, sweep
 from tests.cluster.pods import Namespace, namespace, pod
 from tests.sandboxes import Never, make_spec, shell
 from workers.boundaries.namespace.driver import NamespaceBoundary
-from workers.boundaries.namespace.render import namespace_name
 from workers.kube import ClusterError, Denied, ExecEnded
+from workers.pods.render import namespace_name
 
 REFUSED = "interactive: nobody goes into a sandbox"
 INSIDE = ("/exec?command=id&stdout=true", "/attach?stdout=true", "/portforward?ports=8080", ":8080/proxy/")

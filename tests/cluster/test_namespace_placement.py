@@ -15,12 +15,12 @@ from service.core.errors import ProvisionFailed
 from tests.cluster.engines import Ready
 from tests.cluster.namespaces import NamespaceKind, Site, sweep
 from tests.sandboxes import MIB, Never, make_spec, shell
-from workers.boundaries.namespace import driver
 from workers.boundaries.namespace.driver import NamespaceBoundary
-from workers.boundaries.namespace.nodes import GROUP_KEY, TAINT_KEY
 from workers.boundaries.namespace.probe import probe
-from workers.boundaries.namespace.render import namespace_name
 from workers.kube import Manifest
+from workers.pods import opening
+from workers.pods.nodes import GROUP_KEY, TAINT_KEY
+from workers.pods.render import namespace_name
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def refused(kind: NamespaceKind, spec: BoundarySpec, why: str) -> None:
 def test_a_tenants_namespace_has_the_tenants_quota_and_has_it_anew_when_it_changes(
     kind: NamespaceKind, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "_ROOM_S", 1.0)
+    monkeypatch.setattr(opening, "_ROOM_S", 1.0)
     one, other, third = kind.ref(), kind.ref(), kind.ref()
     with ExitStack() as runs:
         runs.enter_context(kind.boundary.open(shared_by(1), one, cancelled=Never()))
@@ -91,10 +91,10 @@ def test_a_tenants_namespace_has_the_tenants_quota_and_has_it_anew_when_it_chang
         with pytest.raises(ProvisionFailed, match=r"tenant's quota has no room .*exceeded quota"):
             runs.enter_context(kind.boundary.open(shared_by(1), other, cancelled=Never()))
         assert [ref.run_id for ref in kind.boundary.discover()] == [one.run_id], "what was refused left nothing"
-        monkeypatch.setattr(driver, "_ROOM_S", 15.0)
+        monkeypatch.setattr(opening, "_ROOM_S", 15.0)
         runs.enter_context(kind.boundary.open(shared_by(2), other, cancelled=Never()))
         assert quota_of(site.ready, one)["pods"] == "2"
-        monkeypatch.setattr(driver, "_ROOM_S", 1.0)
+        monkeypatch.setattr(opening, "_ROOM_S", 1.0)
         with pytest.raises(ProvisionFailed, match="exceeded quota"):
             runs.enter_context(kind.boundary.open(shared_by(1), third, cancelled=Never()))
         assert quota_of(site.ready, one)["pods"] == "1", "lowered while two run: neither is ended, none is added"
@@ -142,7 +142,7 @@ def test_a_pod_runs_on_its_groups_node_and_its_evidence_says_so(boundary: Namesp
 def test_a_pod_without_a_node_of_its_group_never_runs(
     kind: NamespaceKind, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "_READY_S", 2.0)
+    monkeypatch.setattr(opening, "_READY_S", 2.0)
     refused(kind, on("blue"), "nodes are available")
     with node_of(site.ready, "red"):
         refused(kind, on("blue"), "nodes are available")

@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 from service.core.boundary import BoundaryRef, BoundarySpec, Capabilities
 from tests.cluster.namespaces import Site, sweep
 from tests.cluster.pods import eventually
-from workers.boundaries.namespace import driver, probe, render
+from workers.boundaries.namespace import driver, probe
 from workers.boundaries.namespace.driver import NamespaceBoundary
-from workers.boundaries.namespace.nodes import is_ready
 from workers.cli import commands
 from workers.kube import Cluster, Manifest
+from workers.pods import checks, opening, render
+from workers.pods.nodes import is_ready
 
 
 class Probed(Protocol):
@@ -108,7 +109,7 @@ def test_a_class_that_says_nothing_wrong_and_starts_the_nodes_own_processes_is_c
     site: Site, probed: Probed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a node's `runsc` is runc by another name: no name says so, only the kernel that a pod sees."""
-    monkeypatch.setattr(probe, "_SHARES_KERNEL", frozenset())
+    monkeypatch.setattr(checks, "_SHARES_KERNEL", frozenset())
     with without(site, "RuntimeClass", "gvisor", instead={"handler": "runc"}):
         rows = probed("gvisor")
     assert "its pods see the node's own kernel" in missing(rows, "gvisor")
@@ -145,7 +146,7 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Manifest], 
         def changed(ref: BoundaryRef, spec: BoundarySpec) -> Sequence[Manifest]:
             return [one for each in render.render_namespace(ref, spec) if (one := change(each)) is not None]
 
-        monkeypatch.setattr(driver, "render_namespace", changed)
+        monkeypatch.setattr(opening, "render_namespace", changed)
 
     return plant
 

@@ -29,11 +29,11 @@ from tests.faults.place import eventually
 from tests.sandboxes import make_ref, make_spec
 from tests.servers import LOOPBACK
 from workers.boundaries.namespace.driver import NamespaceBoundary
-from workers.boundaries.namespace.render import render_namespace
 from workers.cli import commands
 from workers.kube import Cluster
 from workers.kube.connection import Connection
 from workers.metrics import ReaperMetrics
+from workers.pods.render import render_namespace
 from workers.reaper import Reaper
 
 HELD = "test.example/held"

@@ -23,9 +23,9 @@ from tests.cluster.namespaces import NamespaceKind, Site, sweep
 from tests.faults.place import eventually
 from tests.sandboxes import MIB, Never, Sink, artifact_limits, make_spec, shell
 from workers.boundaries.namespace.driver import NamespaceBoundary
-from workers.boundaries.namespace.pod import Pod
-from workers.boundaries.namespace.render import namespace_name
 from workers.kube import ExecEnded
+from workers.pods.pod import Pod
+from workers.pods.render import namespace_name
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,9 @@ from tests.cluster.python_image import load_python
 from tests.escape.whole_way import Neighbour, new_token
 from tests.stack import Document, NoStack, Stack, eventually, finished, run_stack, submit
 from tests.summary import ran
-from workers.boundaries.namespace.render import listener_namespace
 from workers.conformance.programs import BEGUN
 from workers.kube import ClusterError, Manifest
+from workers.pods.render import listener_namespace
 
 VARIANTS = ("runc", "gvisor")
 WALLS = tuple(f"namespace/{variant}" for variant in VARIANTS)

@@ -15,9 +15,9 @@ from kubernetes import client
 
 from service.core.boundary import BoundaryKind
 from tests.sandboxes import make_ref, make_spec
-from workers.boundaries.namespace.listener import create
-from workers.boundaries.namespace.render import render_namespace, render_pod
 from workers.kube import Cluster, ClusterError, Denied, Manifest, Taken, Unreachable, connection
+from workers.pods.listener import create
+from workers.pods.render import render_namespace, render_pod
 
 POD: Manifest = {
     "apiVersion": "v1",

@@ -15,7 +15,7 @@ LOOK = """
 import json, os
 from pathlib import Path
 import workers
-from workers.boundaries.namespace.image import INIT_BINARY
+from workers.pods.image import INIT_BINARY
 from workers.kube.install import Choices, wanted
 print(json.dumps({
     "where": str(Path(workers.__file__).parents[1]),

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from workers.boundaries.namespace.image import INIT_BINARY, ImageRefused, pack
 from workers.cluster_cli import cluster
+from workers.pods.image import INIT_BINARY, ImageRefused, pack
 
 NAME = "registry.example:5000/blastdoor/run"
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from workers.boundaries.namespace.nodes import GROUP_KEY, groups, kept_for
 from workers.kube import Manifest
+from workers.pods.nodes import GROUP_KEY, groups, kept_for
 
 TAINT = {"key": "blastdoor.dev/group", "value": "blue", "effect": "NoSchedule"}
 

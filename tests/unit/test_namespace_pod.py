@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from workers.boundaries.namespace.pod import ended_from_within
 from workers.kube import Manifest
+from workers.pods.pod import ended_from_within
 
 KILLED_BY_ITS_GUEST: Manifest = {
     "metadata": {"name": "bd-x", "uid": "1"},

@@ -8,8 +8,8 @@ import pytest
 from service.core.boundary import ArtifactLimits
 from service.core.controls import Limits
 from tests.sandboxes import make_step
-from workers.boundaries.namespace.collect import choose
-from workers.boundaries.namespace.protocol import (
+from workers.pods.collect import choose
+from workers.pods.protocol import (
     REQUEST_BYTES,
     Found,
     Frames,

@@ -10,7 +10,8 @@ from service.core.boundary import BoundaryKind, BoundaryRef, BoundarySpec, Share
 from service.core.controls import Limits, Network
 from service.core.errors import ProvisionFailed
 from tests.unit.test_gvisor_render import assert_golden
-from workers.boundaries.namespace.render import (
+from workers.kube import Admission, Manifest, pod_faults
+from workers.pods.render import (
     MAX_SECONDS,
     VARIANTS,
     labels,
@@ -21,7 +22,6 @@ from workers.boundaries.namespace.render import (
     render_namespace,
     render_pod,
 )
-from workers.kube import Admission, Manifest, pod_faults
 
 IMAGE = "registry.example/blastdoor/runtime@sha256:" + "a" * 64
 SPEC = BoundarySpec(limits=Limits(), network=Network())

@@ -7,9 +7,9 @@ from typing import Any, cast
 from service.core.boundary import Ended, Limit
 from service.core.controls import Limits
 from tests.sandboxes import Never, shell
-from workers.boundaries.namespace.pod import Pod
-from workers.boundaries.namespace.steps import Guest, play
 from workers.kube import ExecEnded
+from workers.pods.pod import Pod
+from workers.pods.steps import Guest, play
 
 CHUNK = b"x" * 65536
 LIMITS = Limits(output=65536)

@@ -14,6 +14,7 @@ An administrator applies the first two; of namespaces of ours the engine alone w
 import ipaddress
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -30,6 +31,8 @@ FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 """Where clients look for it by themselves."""
 KUBECONFIG = f"{FOLDER}/kubeconfig"
 _ANNOTATION = f"{PREFIX}kubeconfig"
+_GROUP = re.compile(r"[a-z0-9.-]{1,253}")
+"""It becomes part of an expression, so it has no quotation mark."""
 _TOKEN_S = 600
 """The shortest that a kubelet asks for; it renews it before its end, and with the pod it is void."""
 _PODS, _PODS_KEPT, _SHARE = 8, 100, 4
@@ -48,8 +51,8 @@ def own_api_cluster(
     `groups`: the names of all API groups that the cluster serves now (GET /apis); none is the scenario's to write.
     `runtime_class`: every pod's. Needs Kubernetes 1.36 (MutatingAdmissionPolicy in v1). Raises ValueError.
     """
-    if not runtime_class or not groups:
-        raise ValueError("a scenario's pods need a runtime class, and a cluster that serves no group is none")
+    if not runtime_class or not groups or not all(map(_GROUP.fullmatch, groups)):
+        raise ValueError("a scenario's pods need a runtime class, and the groups of a cluster are names")
     host, port = _first(api_endpoints)
     return _filled(
         "own-api/cluster",

@@ -64,7 +64,7 @@ class Lab:
 
     def end(self) -> None:
         """As `down`, and nothing of it is left in this process either."""
-        _stop(self)
+        stop(self)
         down(self.state)
 
     def holder(self) -> int | None:
@@ -73,7 +73,7 @@ class Lab:
             started = json.loads((self.state / "lab.json").read_text())
         except FileNotFoundError:
             return None
-        if "pid" in started and _started(started["pid"]) == started["started"]:  # an id may have become another's
+        if "pid" in started and started_at(started["pid"]) == started["started"]:  # an id may have become another's
             pid: int = started["pid"]
             return pid
         return None
@@ -152,7 +152,7 @@ def _started_anew(state: Path, parts: Parts, *, with_us: bool) -> Lab:
     try:
         _wait_until_ready(lab)
     except BaseException:
-        _stop(lab)  # its logs stay
+        stop(lab)  # its logs stay
         raise
     return lab
 
@@ -160,7 +160,7 @@ def _started_anew(state: Path, parts: Parts, *, with_us: bool) -> Lab:
 def down(state: Path) -> None:
     """Ends a lab and removes all that is left of it. Nothing happens when there is none."""
     lab = Lab(state.resolve())
-    _stop(lab)
+    stop(lab)
     if lab.state.is_dir():
         if not (lab.state / "lab.json").is_file():
             raise NoLab(f"{lab.state} is not the folder of a lab: left as it is")
@@ -191,7 +191,7 @@ def _start(lab: Lab, parts: Parts, *, with_us: bool) -> Lab:
                 pass_fds=(door.fileno(),),
                 start_new_session=True,
             )
-            started = {"pid": process.pid, "started": _started(process.pid)}
+            started = {"pid": process.pid, "started": started_at(process.pid)}
             (lab.state / "lab.json").write_text(json.dumps(started))
             while not cgroups.processes(lab.cgroup) and process.poll() is None:
                 time.sleep(0.02)  # or the next one's sweep would take the empty group away
@@ -259,7 +259,7 @@ def _why(lab: Lab, reason: str) -> str:
     return "\n".join([reason, *tails])
 
 
-def _stop(lab: Lab) -> None:
+def stop(lab: Lab) -> None:
     """Kills the one process that holds the lab's namespaces, and with it everything in them; then the cgroups go."""
     if holder := lab.holder():
         os.kill(holder, signal.SIGKILL)
@@ -271,7 +271,7 @@ def _stop(lab: Lab) -> None:
     cgroups.remove(lab.cgroup)
 
 
-def _started(pid: int) -> str | None:
+def started_at(pid: int) -> str | None:
     """When a process began, in ticks since the machine's start; None for one that is dead, or only not yet reaped."""
     try:
         after = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,19 +1,14 @@
 """The namespace boundary: one bare pod per run, in a namespace of its own or, for soft isolation, in its tenant's.
 
-Order of making: namespace with labels, its walls, pod; then our first process in the pod has to find that network
-policy is in force. Undoing goes by names and labels alone, from any process, and only ever takes the very object that
-was looked at (uid). What the cluster says exists is what exists.
+How a pod is made is in workers/pods/opening.py. Undoing goes by names and labels alone, from any process, and only ever
+takes the very object that was looked at (uid). What the cluster says exists is what exists.
 """
 
-import math
 import os
-import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import structlog
@@ -21,41 +16,29 @@ import structlog
 from service.core.boundary import BoundaryKind, BoundaryRef, BoundarySpec, Cancellation, Capabilities, Host, Sandbox
 from service.core.errors import BoundaryError, BoundaryLost, NotYetDestroyed, ProvisionFailed
 from service.core.failpoints import Failpoint, reach
-from workers.boundaries.namespace.evidence import Shut, lets_nothing_pass
-from workers.boundaries.namespace.listener import Listener, create
-from workers.boundaries.namespace.nodes import kept_for
-from workers.boundaries.namespace.pod import Pod
-from workers.boundaries.namespace.render import (
+from workers.kube import PREFIX, Cluster, ClusterError, Manifest
+from workers.pods.listener import Listener
+from workers.pods.opening import NameTaken, Opening
+from workers.pods.render import (
     LISTENER_PORT,
-    MAX_SECONDS,
     SOFT,
     VARIANTS,
     as_label,
-    init_at,
     labels,
     namespace_name,
     read_labels,
-    render_namespace,
-    render_pod,
 )
-from workers.boundaries.namespace.sandbox import NamespaceSandbox
-from workers.kube import PREFIX, Cluster, ClusterError, Denied, Manifest, Taken, together
 
 log = structlog.get_logger()
 
 DEFAULT = "default"
 """The one runtime: what is in the image."""
 
-_READY_S = 60.0
 _NODES_TRIED = 3
 _CLEAR_S = 20.0
 _CLEAR_AGAIN_S = 1.0
 _BRIEF_S = 3.0
 _NO_CLUSTER = "no cluster is configured: BLASTDOOR_KUBECONFIG names one"
-_ROOM_S = 15.0
-_LOOK_FOR_ROOM_S = 0.25
-_OPENED = PREFIX + "opened"
-"""A label with a word that only one attempt to open knows: an object that is there already, and has it, is ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +51,6 @@ class NamespaceHost:
     kubeconfig: Path | None
     image: str
     variants: Sequence[str] = ("runc", "gvisor")
-
-
-class _NameTaken(ProvisionFailed):
-    """What has it is not ours to undo."""
 
 
 class NamespaceBoundary:
@@ -149,13 +128,14 @@ class NamespaceBoundary:
         if cancelled.is_set():  # above all: a lease that was slept through. What stood under it is known to be gone
             raise ProvisionFailed("not wanted any more, before anything was made")
         try:
-            listener = self.listener.address()
+            self.listener.address()  # before anything is made
+            opening = Opening(cluster=self.cluster, listener=self.listener)
         except ClusterError as error:
             raise ProvisionFailed(str(error)) from error
         try:
-            sandbox = self._make(spec, ref, listener, cancelled)
+            sandbox = opening.make(spec, ref, image=self._host.image, cancelled=cancelled)
             reach(Failpoint.OPEN_CREATED)
-        except _NameTaken:
+        except NameTaken:
             raise
         except BaseException as error:
             self._undo(ref)
@@ -268,62 +248,6 @@ class NamespaceBoundary:
             raise ProvisionFailed(f"there is no runtime {spec.runtime} here; the image is the only one")
         if spec.network.mode != "none":
             raise ProvisionFailed("this boundary has no network to allow")
-
-    def _make(self, spec: BoundarySpec, ref: BoundaryRef, listener: str, cancelled: Cancellation) -> NamespaceSandbox:
-        opened = {_OPENED: secrets.token_hex(8)}
-        namespace, *walls = render_namespace(ref, spec)
-        if ref.variant == SOFT:
-            self.cluster.apply(namespace)
-        else:
-            self._create(namespace, opened)
-        reach(Failpoint.OPEN_HALF_CREATED)
-        together([partial(self.cluster.apply, wall) for wall in walls])
-        lifetime_s = (spec.lifetime or ref.expires_at - datetime.now(UTC)).total_seconds()
-        manifest = render_pod(
-            ref, spec, image=self._host.image, words=["first", listener, str(LISTENER_PORT)],
-            seconds=min(max(math.ceil(lifetime_s), 1), MAX_SECONDS),
-        )  # fmt: skip
-        created = self._create_pod(manifest, opened, cancelled)
-        pod = Pod(self.cluster, namespace_name(ref), ref.name, created["metadata"]["uid"], init_at(ref.variant))
-        running = pod.await_running(cancelled, within_s=_READY_S)
-        if spec.node_group is not None:
-            self._insist_on_group(running["spec"]["nodeName"], spec.node_group)
-        times, seconds = pod.await_shut(cancelled)
-        if not self.listener.is_there(listener):  # then that it could not be reached shows nothing
-            raise BoundaryLost("the listener for the check of network policy went away meanwhile")
-        if not lets_nothing_pass(self.cluster.get("NetworkPolicy", "default-deny", pod.namespace)):
-            raise BoundaryLost("the namespace's network policy is not what was applied")
-        log.info("pod_ready", run_id=ref.run_id, fence=ref.fence, reached_before=times, shut_after_s=seconds)
-        shut = Shut(f"{listener}:{LISTENER_PORT}", times, seconds)
-        return NamespaceSandbox(spec, pod=pod, shut=shut, cancelled=cancelled)
-
-    def _create(self, manifest: Manifest, opened: Mapping[str, str]) -> Manifest:
-        """Raises _NameTaken, ClusterError."""
-        manifest["metadata"]["labels"] = manifest["metadata"]["labels"] | opened
-        try:
-            return create(self.cluster, manifest)
-        except Taken as error:
-            raise _NameTaken(f"there is a {manifest['kind']} of that name: {error}") from error
-
-    def _create_pod(self, manifest: Manifest, opened: Mapping[str, str], cancelled: Cancellation) -> Manifest:
-        """A soft run's counts against its tenant's quota, where one that has just ended may still be counted: for a
-        while that is waited out. Raises ProvisionFailed, ClusterError."""
-        deadline = time.monotonic() + _ROOM_S
-        while True:
-            try:
-                return self._create(manifest, opened)
-            except Denied as error:
-                if "exceeded quota" not in error.detail:
-                    raise
-                if cancelled.is_set() or time.monotonic() > deadline:
-                    raise ProvisionFailed(f"the tenant's quota has no room for this pod: {error.detail}") from error
-            time.sleep(_LOOK_FOR_ROOM_S)
-
-    def _insist_on_group(self, node: str, group: str) -> None:
-        """Where the pod runs is what counts, not where it was to run. Raises BoundaryLost."""
-        found = self.cluster.get("Node", node)
-        if found is None or kept_for(found) != group:
-            raise BoundaryLost(f"the pod runs on node {node}, which is not kept for group {group}")
 
     def _undo(self, ref: BoundaryRef) -> None:
         with suppress(BoundaryError):  # the reaper has the reference

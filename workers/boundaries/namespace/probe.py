@@ -15,10 +15,9 @@ The canaries run our own program and no guest, so what they say of their kernel 
 
 import re
 import time
-from collections.abc import Callable, Sequence
-from copy import deepcopy
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from service.core.boundary import (
     BoundaryKind,
@@ -33,14 +32,14 @@ from service.core.boundary import (
 from service.core.controls import Limits, Network
 from service.core.errors import BlastdoorError
 from service.core.ids import new_run_id
-from workers.boundaries.namespace.evidence import admission_in_force
-from workers.boundaries.namespace.nodes import groups, has_labels, is_ready
-from workers.boundaries.namespace.render import SOFT, render_pod
-from workers.kube import ClusterError, Denied, Manifest
+from workers.kube import Manifest
+from workers.pods.checks import handler_faults, kernel, refusals
+from workers.pods.evidence import admission_in_force
+from workers.pods.nodes import groups, has_labels, is_ready
+from workers.pods.render import SOFT
 
 if TYPE_CHECKING:
     from workers.boundaries.namespace.driver import NamespaceBoundary
-    from workers.boundaries.namespace.sandbox import NamespaceSandbox
 
 _CANARY_VALID_S = 600.0
 _CANARIES = 64
@@ -48,9 +47,6 @@ _CANARIES = 64
 _ADMISSION = frozenset({"blastdoor-pods", "blastdoor-namespaces", "blastdoor-interactive"})
 _INSTALL = "run `blastdoor cluster install`"
 _NO_CLUSTER = "a cluster: BLASTDOOR_KUBECONFIG and BLASTDOOR_KUBE_IMAGE name one"
-_GVISOR = re.compile(rb"gvisor", re.IGNORECASE)
-_SHARES_KERNEL = frozenset({"", "runc", "crun", "youki"})
-"""What handlers of the runtimes are called that start processes of the node."""
 _VERSIONS = {"kubelet": "kubeletVersion", "engine": "containerRuntimeVersion", "kernel": "kernelVersion"}
 _passed: dict[tuple[str, str, str, str], float] = {}
 
@@ -101,25 +97,6 @@ def _row(boundary: "NamespaceBoundary", variant: str, every: Sequence[Manifest])
         runtimes={"default": digest},
         versions=versions,
     )
-
-
-def handler_faults(runtime_class: Manifest, nodes: Sequence[Manifest]) -> list[str]:
-    """What the nodes say of the handler that a class names; `nodes`: those that its pods may be put on. Pure. A node
-    older than Kubernetes 1.30 says nothing of its handlers: then it is the canary that finds out."""
-    name, handler = runtime_class["metadata"]["name"], str(runtime_class["handler"])
-    if handler in _SHARES_KERNEL:
-        return [f"RuntimeClass {name} that isolates: its handler {handler!r} shares the node's kernel"]
-    if not nodes:
-        wanted = (runtime_class.get("scheduling") or {}).get("nodeSelector") or {}
-        shown = ", ".join(f"{key}={value}" for key, value in wanted.items())
-        return [f"a node for RuntimeClass {name}: no one that is ready has {shown or 'what it asks for'}"]
-    faults = []
-    for node in nodes:
-        had = {str(one.get("name") or "") for one in node["status"].get("runtimeHandlers") or ()}
-        if had and handler not in had:
-            said = f"{node['metadata']['name']} has {', '.join(sorted(had - {''})) or 'only its default'}"
-            faults.append(f"handler {handler}, which RuntimeClass {name} names, on every node for it: {said}")
-    return faults
 
 
 def _versions(nodes: Sequence[Manifest]) -> dict[str, str]:
@@ -182,7 +159,7 @@ def _play_canary(boundary: "NamespaceBoundary", variant: str, nodes: Sequence[Ma
     spec = BoundarySpec(limits=Limits(), network=Network(), share=Share(runs=_CANARIES))
     try:
         with boundary.open(spec, ref, cancelled=_Never()) as sandbox:
-            why = _refusals(boundary, ref, spec) or _kernel(sandbox, variant, nodes)  # type: ignore[arg-type]
+            why = refusals(boundary.cluster, ref, spec, image=boundary.host.image) or kernel(sandbox, variant, nodes)  # type: ignore[arg-type]
             if why is None:
                 exited = sandbox.execute(_shell(1, "exit 139"))
                 signalled = sandbox.execute(_shell(2, "kill -SEGV $$"))
@@ -194,56 +171,6 @@ def _play_canary(boundary: "NamespaceBoundary", variant: str, nodes: Sequence[Ma
     finally:
         boundary.destroy(ref)
     return why
-
-
-def _refusals(boundary: "NamespaceBoundary", ref: BoundaryRef, spec: BoundarySpec) -> str | None:
-    """What must be refused, asked for in dry run: nothing is made if it is not."""
-    good = render_pod(ref, spec, image=boundary.host.image, words=["kill"], seconds=60)
-    good["metadata"]["name"] += "-canary"
-
-    def privileged(pod: Manifest) -> None:
-        pod["spec"]["containers"][0]["securityContext"] |= {"privileged": True, "allowPrivilegeEscalation": True}
-
-    def greedy(pod: Manifest) -> None:
-        if ref.variant == SOFT:  # its quota is for many pods
-            for kind in ("requests", "limits"):
-                pod["spec"]["containers"][0]["resources"][kind]["memory"] = str(2**50)
-
-    for what, change, words in (
-        ("PodSecurity restricted", privileged, ("PodSecurity",)),
-        ("ResourceQuota and LimitRange", greedy, ("quota", "maximum memory")),
-    ):
-        why = _refused(boundary, good, change, words)
-        if why is not None:
-            return f"{what}: {why}"
-    return None
-
-
-def _refused(
-    boundary: "NamespaceBoundary", good: Manifest, change: Callable[[Manifest], Any], words: Sequence[str]
-) -> str | None:
-    pod = deepcopy(good)
-    change(pod)
-    try:
-        boundary.cluster.create(pod, dry_run=True)
-    except Denied as error:
-        return None if any(word in error.detail for word in words) else f"it was another that refused: {error}"
-    except ClusterError as error:
-        return f"it did not answer: {error}"
-    return "a pod that must be refused was taken"
-
-
-def _kernel(sandbox: "NamespaceSandbox", variant: str, nodes: Sequence[Manifest]) -> str | None:
-    said = sandbox.about()
-    kernels = {str(node["status"]["nodeInfo"]["kernelVersion"]).encode() for node in nodes}
-    seen = any(kernel in said for kernel in kernels)
-    if variant == SOFT:
-        return None if seen else "pods on the nodes' own kernel: without a RuntimeClass they see another one"
-    if seen:
-        return f"RuntimeClass {variant} that isolates: its pods see the node's own kernel"
-    if variant == "gvisor" and not _GVISOR.search(said):
-        return "RuntimeClass gvisor that is gVisor: its kernel does not say so"
-    return None
 
 
 def _speaks(exited: Execution, signalled: Execution, absent: Execution) -> bool:

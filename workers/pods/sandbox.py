@@ -1,4 +1,4 @@
-"""The inside of an open namespace boundary: upload, play steps, observe, collect."""
+"""The inside of a pod that was opened: upload, play steps, observe, collect."""
 
 import tempfile
 import time
@@ -23,12 +23,12 @@ from service.core.boundary import (
 )
 from service.core.errors import BoundaryError, BoundaryLost, BundleRejected, ProvisionFailed
 from service.intake.archive import ArchiveCaps, lay_out
-from workers.boundaries.namespace.collect import collect
-from workers.boundaries.namespace.evidence import Shut, observe
-from workers.boundaries.namespace.pod import Pod, shown
-from workers.boundaries.namespace.protocol import incoming_directory, incoming_end, incoming_file
-from workers.boundaries.namespace.steps import Guest, play
 from workers.kube import ClusterError
+from workers.pods.collect import collect
+from workers.pods.evidence import Shut, observe
+from workers.pods.pod import Pod, shown
+from workers.pods.protocol import incoming_directory, incoming_end, incoming_file
+from workers.pods.steps import Guest, play
 
 _WALL_GRACE_S = 10.0
 """Steps marked `always` still run after the wall time is over, for so long in all."""
@@ -36,7 +36,7 @@ _UPLOAD_S = 120.0
 _CHUNK = 256 * 1024
 
 
-class NamespaceSandbox:
+class PodSandbox:
     """Valid within its `with` block. Not for use by two threads."""
 
     def __init__(self, spec: BoundarySpec, *, pod: Pod, shut: Shut, cancelled: Cancellation) -> None:

@@ -15,7 +15,9 @@ from functools import partial
 from service.core.boundary import Cancellation, Ended, Execution, Limit, Listener, StepSpec
 from service.core.controls import Limits
 from service.core.errors import BoundaryLost
-from workers.boundaries.namespace.pod import (
+from workers.capture import HeadAndTail
+from workers.kube import ClusterError, ExecEnded
+from workers.pods.pod import (
     ENDED_FROM_WITHIN,
     KILLED,
     Pod,
@@ -24,9 +26,7 @@ from workers.boundaries.namespace.pod import (
     is_over,
     shown,
 )
-from workers.boundaries.namespace.protocol import Frames, Garbled, Report, step_request
-from workers.capture import HeadAndTail
-from workers.kube import ClusterError, ExecEnded
+from workers.pods.protocol import Frames, Garbled, Report, step_request
 
 _OUTPUT_FACTOR = 64
 """A run that prints so many times its limit is ended."""

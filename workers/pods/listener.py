@@ -9,8 +9,9 @@ import time
 from datetime import UTC, datetime, timedelta
 
 from service.core.errors import ProvisionFailed
-from workers.boundaries.namespace.pod import Pod, exit_code, explained, is_over, is_running
-from workers.boundaries.namespace.render import (
+from workers.kube import Cluster, ClusterError, Manifest
+from workers.pods.pod import Pod, exit_code, explained, is_over, is_running
+from workers.pods.render import (
     LISTENER_PORT,
     SOFT,
     init_at,
@@ -18,7 +19,6 @@ from workers.boundaries.namespace.render import (
     render_listener_namespace,
     render_listener_pod,
 )
-from workers.kube import Cluster, ClusterError, Manifest
 
 _RENEW_AFTER = timedelta(seconds=500)
 _LOOK_AGAIN_S = 10.0

@@ -22,9 +22,9 @@ from datetime import datetime
 from functools import partial
 
 from service.core.boundary import Evidence
-from workers.boundaries.namespace.nodes import kept_for
-from workers.boundaries.namespace.pod import Pod
 from workers.kube import Cluster, ClusterError, Manifest, together
+from workers.pods.nodes import kept_for
+from workers.pods.pod import Pod
 
 _OURS = "blastdoor-"
 _PSA = "pod-security.kubernetes.io/enforce"

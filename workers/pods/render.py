@@ -15,9 +15,9 @@ from typing import Any
 from service.core.boundary import BoundaryKind, BoundaryRef, BoundarySpec, tenant_hash
 from service.core.controls import Limits, Network
 from service.core.errors import ProvisionFailed
-from workers.boundaries.namespace.nodes import GROUP_KEY, toleration
-from workers.boundaries.namespace.protocol import INIT, READABLE_INIT
 from workers.kube import PREFIX, Manifest, filled, placeholders, templates
+from workers.pods.nodes import GROUP_KEY, toleration
+from workers.pods.protocol import INIT, READABLE_INIT
 
 VARIANTS = ("runc", "gvisor", "kata-qemu", "kata-fc")
 SOFT = "runc"

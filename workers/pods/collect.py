@@ -21,10 +21,10 @@ from service.intake.archive import ArchiveCaps
 from service.intake.members import Judge, Meter
 from service.intake.tape import FileTape
 from service.intake.tar import BLOCK_BYTES, read_headers
-from workers.boundaries.namespace.pod import Pod, shown
-from workers.boundaries.namespace.protocol import Found, Listing, fetch_request, read_listing
 from workers.globs import Matcher
 from workers.kube import ClusterError
+from workers.pods.pod import Pod, shown
+from workers.pods.protocol import Found, Listing, fetch_request, read_listing
 
 _MAX_SKIPPED = 1000
 _MAX_TOLD = 120_000

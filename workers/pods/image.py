@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from service.core.errors import BlastdoorError
-from workers.boundaries.namespace.protocol import INIT, READABLE_INIT
+from workers.pods.protocol import INIT, READABLE_INIT
 
 INIT_BINARY = Path(__file__).parent / "init"
 OURS = INIT.split("/")[1]

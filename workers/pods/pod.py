@@ -7,9 +7,9 @@ from typing import Any
 
 from service.core.boundary import Cancellation, Listener
 from service.core.errors import BoundaryLost, ProvisionFailed, SandboxBroken
-from workers.boundaries.namespace.protocol import read_finding
-from workers.boundaries.namespace.render import CONTAINER
 from workers.kube import Cluster, ClusterError, ExecEnded, Manifest
+from workers.pods.protocol import read_finding
+from workers.pods.render import CONTAINER
 
 _HOPELESS = frozenset({"ErrImageNeverPull", "InvalidImageName", "CreateContainerConfigError", "CreateContainerError"})
 _WATCH_S = 2.0

@@ -1,0 +1,1 @@
+"""A Kubernetes cluster made for one run."""

@@ -1,0 +1,43 @@
+"""What makes whole clusters: the one protocol that kind and Cluster API implement."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from service.core.boundary import BoundaryRef, Cancellation
+
+Tell = Callable[[str], None]
+"""Takes one short line of progress: "preparing nodes"."""
+
+
+class Provisioner(Protocol):
+    """Makes a whole cluster for one run, and takes it away again. Usable from any process: `destroy` needs nothing
+    that is only in memory."""
+
+    @property
+    def variant(self) -> str:
+        """`kind` or `capi`."""
+        ...
+
+    def lacks(self) -> Sequence[str]:
+        """What is missing here to make one, each with how to get it; empty: it can. Within a second, since it is asked
+        all the time, and never raises for what is absent."""
+        ...
+
+    def versions(self) -> Mapping[str, str]:
+        """Of what builds it, by name: `{"kind": "0.33.0", "engine": "28.5.2"}`; what is not known is left out."""
+        ...
+
+    def create(self, ref: BoundaryRef, *, cancelled: Cancellation, tell: Tell) -> Path:
+        """-> kubeconfig of the new cluster's administrator, mode 0600, in a directory that `destroy` removes. Raises
+        ProvisionFailed, also when cancelled; whatever fails leaves nothing, or what `destroy` then removes."""
+        ...
+
+    def discover(self) -> Iterator[BoundaryRef]:
+        """What exists for this installation and site, by the platform's own labels; half-made ones too."""
+        ...
+
+    def destroy(self, ref: BoundaryRef) -> None:
+        """Idempotent, from any process; absent is success, and what another installation made is left alone. Raises
+        NotYetDestroyed while something is left."""
+        ...
