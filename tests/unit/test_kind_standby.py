@@ -1,0 +1,269 @@
+"""Standby clusters are kept, handed out once, and ended. Clusters here are directories; tests/cluster has real ones."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from service.core.boundary import BoundaryRef, Cancellation
+from service.core.errors import NotYetDestroyed, ProvisionFailed
+from tests.unit.test_kind_places import new_ref
+from workers.boundaries.cluster.kind import KindHost, KindProvisioner
+from workers.boundaries.cluster.kind_render import STANDBY
+from workers.boundaries.cluster.provisioners import Tell
+from workers.boundaries.cluster.standby import LIFETIME, Standby, Standing
+from workers.proc import ProcessFailed
+
+ROOT = Path(__file__).parents[2]
+START = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+class Never:
+    def is_set(self) -> bool:
+        return False
+
+
+class PaperProvisioner(KindProvisioner):
+    """Makes directories where there would be clusters."""
+
+    def __init__(self, state: Path) -> None:
+        super().__init__(KindHost(installation="inst0", site="here", state=state, node_image="node"))
+        self.made: list[BoundaryRef] = []
+        self.broken: set[str] = set()
+        self.resisting = self.failing = False
+        self.room = 9
+        self.image: str | None = "sha256:1"
+
+    def create(self, ref: BoundaryRef, *, cancelled: Cancellation, tell: Tell, patience_s: float = 30) -> Path:
+        if self.failing:
+            raise ProvisionFailed("no")
+        self.places.place(ref.name).make(ref)
+        self.made.append(ref)
+        place = self.places.place(ref.name)
+        place.kubeconfig.write_text("kubeconfig")
+        return place.kubeconfig
+
+    def clear(self, name: str) -> None:
+        if self.resisting:
+            raise NotYetDestroyed(name)
+        self.places.place(name).remove()
+
+    def discover(self) -> Iterator[BoundaryRef]:
+        return iter(self._as_claimed(ref) for ref in self.made if self.places.place(ref.name).exists)
+
+    def has_room(self) -> bool:
+        return len(self.places.all()) < self.room
+
+    def image_id(self) -> str | None:
+        return self.image
+
+    def answers(self, kubeconfig: Path) -> bool:
+        return kubeconfig.parent.name not in self.broken
+
+
+class World:
+    """A host with its clock."""
+
+    def __init__(self, state: Path, *, wanted: int = 2) -> None:
+        self.now = START
+        self.clusters = PaperProvisioner(state)
+        self.prepared: list[Path] = []
+        self.standby = self.keeper(wanted)
+
+    def keeper(self, wanted: int, *, made_of: str = "") -> Standby:
+        return Standby(
+            self.clusters, wanted=wanted, prepare=self.prepared.append, made_of=made_of, now=lambda: self.now
+        )
+
+    def keep(self, times: int = 1) -> Standing:
+        for _ in range(times):
+            self.standby.keep(cancelled=Never())
+        return self.standby.standing()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path / "state")
+
+
+def counts(standing: Standing) -> tuple[int, int, int, int]:
+    return standing.ready, standing.claimed, standing.expired, standing.failed
+
+
+def test_what_is_missing_is_made_one_at_a_time_and_no_more_than_is_wanted(world: World) -> None:
+    assert [world.keep().ready for _ in range(4)] == [1, 2, 2, 2]
+    assert [place.parent.name for place in world.prepared] == [ref.name for ref in world.clusters.made]
+
+
+def test_a_standby_cluster_is_a_boundary_of_no_tenant_that_ends_by_itself(world: World) -> None:
+    world.keep()
+    (ref,) = world.clusters.discover()
+    assert (ref.tenant, ref.fence, ref.expires_at, ref.created_at) == (STANDBY, 0, START + LIFETIME, START)
+
+
+def test_a_claimed_cluster_is_the_runs_and_another_is_made_in_its_place(world: World) -> None:
+    world.keep()
+    run = new_ref()
+    kubeconfig = world.standby.claim(run)
+    assert kubeconfig == world.prepared[0]
+    assert list(world.clusters.discover()) == [run], "it is found under the run's reference from then on"
+    assert world.standby.claim(new_ref()) is None
+    assert counts(world.keep()) == (1, 1, 0, 0)
+    assert kubeconfig.exists(), "what is claimed is not the keeper's any more"
+    world.clusters.destroy(run)
+    assert not kubeconfig.parent.exists()
+
+
+def test_the_one_that_ends_first_is_handed_out_first(world: World) -> None:
+    world.keep()
+    world.now += timedelta(minutes=10)
+    world.keep()
+    first, second = world.clusters.made
+    assert [world.standby.claim(new_ref()), world.standby.claim(new_ref())] == [
+        world.clusters.places.place(ref.name).kubeconfig for ref in (first, second)
+    ]
+
+
+def test_two_processes_that_race_for_one_cluster_get_one_between_them(world: World) -> None:
+    world.standby = world.keeper(1)
+    for n in range(1, 3):
+        world.keep()
+        (place,) = (one for one in world.clusters.places.all() if one.standby.exists())
+        program = (
+            "import sys, pathlib; from workers.boundaries.cluster.kind_places import Place;"
+            "from tests.unit.test_kind_places import new_ref;"
+            "place = Place(pathlib.Path(sys.argv[1])); sys.stdin.read(1); print(int(place.claim(new_ref())))"
+        )
+        racing = [
+            subprocess.Popen([sys.executable, "-c", program, str(place.directory)], cwd=ROOT, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]  # fmt: skip
+        for process in racing:
+            assert process.stdin is not None
+            process.stdin.write("go")
+            process.stdin.flush()
+        assert sorted(process.communicate()[0] for process in racing) == ["0\n", "1\n"], n
+
+
+def test_too_old_a_cluster_is_handed_to_nobody_and_replaced(world: World) -> None:
+    world.standby = world.keeper(1)
+    world.keep()
+    world.now += LIFETIME - timedelta(minutes=1)
+    assert world.standby.claim(new_ref()) is None, "a minute before its end"
+    assert counts(world.keep()) == (1, 0, 1, 0)
+    assert len(world.clusters.made) == 2
+    assert world.standby.claim(new_ref()) is not None, "the control: the new one is"
+
+
+def test_one_that_stopped_answering_is_replaced_and_no_claim_gets_it(world: World) -> None:
+    world.standby = world.keeper(1)
+    world.keep()
+    world.clusters.broken.add(world.clusters.made[0].name)
+    assert counts(world.keep()) == (1, 0, 0, 1)
+    world.clusters.broken.add(world.clusters.made[1].name)
+    run = new_ref()
+    assert world.standby.claim(run) is None
+    assert list(world.clusters.discover()) == []
+    assert counts(world.keep()) == (1, 0, 0, 2)
+
+
+def test_what_a_keeper_that_died_left_half_made_is_ended(world: World) -> None:
+    ref = new_ref(tenant=STANDBY, fence=0).model_copy(update={"expires_at": START + LIFETIME})
+    world.clusters.places.make()
+    world.clusters.create(ref, cancelled=Never(), tell=print)
+    assert (world.standby.standing().ready, world.standby.standing().being_made) == (0, 1)
+    assert world.standby.claim(new_ref()) is None, "it was not prepared"
+    assert counts(world.keep()) == (1, 0, 0, 1)
+    assert not world.clusters.places.place(ref.name).exists
+
+
+def test_while_one_process_keeps_them_another_does_nothing(world: World) -> None:
+    world.clusters.places.make()
+    with world.clusters.places.locked("standby"):
+        assert world.keep().ready == 0
+    assert world.keep().ready == 1
+
+
+def test_clusters_that_are_made_of_something_else_now_are_replaced(world: World) -> None:
+    world.standby = world.keeper(1, made_of="lock-down 1")
+    world.keep()
+    for change in ("made_of", "image"):
+        if change == "image":
+            world.clusters.image = "sha256:2"
+        else:
+            world.standby = world.keeper(1, made_of="lock-down 2")
+        before = len(world.clusters.made)
+        world.keep(3)
+        assert len(world.clusters.made) == before + 1, change
+        assert len(world.clusters.places.all()) == 1
+
+
+def test_those_that_are_too_many_are_ended_but_not_what_a_run_has(world: World) -> None:
+    world.keep(2)
+    run = new_ref()
+    assert world.standby.claim(run)
+    world.standby = world.keeper(0)
+    assert world.keep().ready == 0
+    assert list(world.clusters.discover()) == [run]
+
+
+def test_a_place_is_left_to_runs_and_an_absent_image_is_no_reason_to_end_any(world: World) -> None:
+    world.clusters.room = 1
+    assert counts(world.keep(3)) == (1, 0, 0, 0)
+    world.clusters.image = None
+    assert counts(world.keep(2)) == (1, 0, 0, 0)
+
+
+def test_after_a_failure_it_is_not_tried_again_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.clusters.failing = True
+    assert counts(world.keep(5)) == (0, 0, 0, 1)
+    world.clusters.failing = False
+    assert world.keep().ready == 0
+    monkeypatch.setattr("workers.boundaries.cluster.standby.time.monotonic", lambda: 10.0**9)
+    assert world.keep().ready == 1
+
+
+def test_one_that_cannot_be_prepared_does_not_count_and_is_gone(world: World) -> None:
+    def prepare(kubeconfig: Path) -> None:
+        raise ProcessFailed("no lock-down")
+
+    world.standby = Standby(world.clusters, wanted=1, prepare=prepare, now=lambda: world.now)
+    assert counts(world.keep()) == (0, 0, 0, 1)
+    assert list(world.clusters.discover()) == []
+
+
+def test_one_that_resists_its_end_is_expired_for_the_reaper_and_nobodys(world: World) -> None:
+    world.standby = world.keeper(1)
+    world.keep()
+    world.clusters.broken.add(world.clusters.made[0].name)
+    world.clusters.resisting = True
+    world.keep()
+    left = [ref for ref in world.clusters.discover() if ref.expires_at <= world.now]
+    assert [ref.name for ref in left] == [world.clusters.made[0].name]
+    world.clusters.resisting = False
+    world.clusters.destroy(left[0])
+    assert left[0].name not in [ref.name for ref in world.clusters.discover()]
+
+
+def test_ending_a_standby_cluster_that_a_run_got_meanwhile_ends_nothing(world: World) -> None:
+    world.keep()
+    (unclaimed,) = world.clusters.discover()
+    run = new_ref()
+    kubeconfig = world.standby.claim(run)
+    world.clusters.destroy(unclaimed)
+    assert kubeconfig is not None
+    assert kubeconfig.exists()
+    world.clusters.destroy(run.model_copy(update={"installation": "other"}))
+    assert kubeconfig.exists(), "nor does another installation's run of that name"
+    world.clusters.destroy(run)
+    assert not kubeconfig.exists(), "the control"
+
+
+def test_nobody_claims_for_another_site(world: World) -> None:
+    world.keep()
+    with pytest.raises(ProvisionFailed, match="not for this installation and site"):
+        world.standby.claim(new_ref().model_copy(update={"site": "elsewhere"}))
