@@ -1,0 +1,60 @@
+"""Whether a management cluster could make what the templates ask for, found by asking it: nothing is made."""
+
+from collections.abc import Iterator, Sequence
+
+from workers.boundaries.cluster.capi_api import LEASES, SECRETS, Management, Resource, Right
+from workers.boundaries.cluster.capi_render import GROUP, class_of, group_of
+from workers.kube import Manifest
+
+_RBAC = "cluster_templates/capi/rbac has what the engine needs"
+_SHOWN = 5
+
+
+def lacking(management: Management, topology: Sequence[Manifest], *, namespace: str) -> Iterator[str]:
+    """What is missing, each with its remedy. `namespace`: for the clusters. Raises ClusterError."""
+    groups = management.groups()
+    if GROUP not in groups:
+        yield "Cluster API in the management cluster: `clusterctl init --infrastructure PROVIDER` puts it there"
+        return
+    kinds: list[Resource] = []
+    for one in topology:
+        if (found := management.kinds(one["apiVersion"]).get(one["kind"])) is not None:
+            kinds.append(found)
+        elif served := groups.get(group_of(one)):
+            yield (
+                f"{one['kind']} of {one['apiVersion']}, which the topology asks for: the management cluster has "
+                f"{', '.join(served)}. Bring its providers up to date, or write the topology for these"
+            )
+        else:
+            yield f"a provider that knows {one['kind']} of {one['apiVersion']}: `clusterctl init` puts it there"
+    if len(kinds) < len(topology):
+        return
+    if refused := management.refused(_rights(kinds, management.every_kind(), namespace)):
+        shown = ", ".join(map(str, refused[:_SHOWN])) + (" ..." if len(refused) > _SHOWN else "")
+        yield f"the right to {shown}: {_RBAC}"
+    elif (wanted := class_of(topology)) is not None:
+        yield from _lacking_class(management, topology[-1], wanted[0], wanted[1] or namespace)
+
+
+def _lacking_class(management: Management, cluster: Manifest, name: str, namespace: str) -> Iterator[str]:
+    kind = management.kinds(cluster["apiVersion"]).get("ClusterClass")
+    if kind is None:
+        yield f"ClusterClass of {cluster['apiVersion']}, which the topology asks for"
+    elif refused := management.refused([Right("get", GROUP, kind.plural, namespace)]):
+        yield f"the right to {refused[0]}: {_RBAC}"
+    elif management.get(kind, name, namespace=namespace) is None:
+        yield f"the ClusterClass {namespace}/{name}: cluster_templates/capi/class shows how to write one"
+
+
+def _rights(made: Sequence[Resource], every: Sequence[Resource], namespace: str) -> Sequence[Right]:
+    """Each for a call that `capi.py` makes."""
+    return [
+        *(Right(verb, LEASES.group, LEASES.plural, namespace) for verb in ("create", "get", "list", "delete")),
+        *(Right(verb, "", SECRETS.plural, namespace) for verb in ("get", "list")),
+        *(Right("list", kind.group, kind.plural, namespace) for kind in every),
+        *(
+            Right(verb, kind.group, kind.plural, namespace)
+            for kind in made
+            for verb in ("get", "create", "patch", "delete")
+        ),
+    ]
