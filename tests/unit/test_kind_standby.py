@@ -1,10 +1,10 @@
 """Standby clusters are kept, handed out once, and ended. Clusters here are directories; tests/cluster has real ones."""
 
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +17,6 @@ from workers.boundaries.cluster.provisioners import Tell
 from workers.boundaries.cluster.standby import LIFETIME, Standby, Standing
 from workers.proc import ProcessFailed
 
-ROOT = Path(__file__).parents[2]
 START = datetime(2026, 1, 2, tzinfo=UTC)
 
 
@@ -127,26 +126,24 @@ def test_the_one_that_ends_first_is_handed_out_first(world: World) -> None:
     ]
 
 
-def test_two_processes_that_race_for_one_cluster_get_one_between_them(world: World) -> None:
+def test_processes_that_race_for_one_cluster_get_one_between_them(world: World) -> None:
     world.standby = world.keeper(1)
-    for n in range(1, 3):
+    forked = multiprocessing.get_context("fork")
+    for _ in range(5):
         world.keep()
-        (place,) = (one for one in world.clusters.places.all() if one.standby.exists())
-        program = (
-            "import sys, pathlib; from workers.boundaries.cluster.kind_places import Place;"
-            "from tests.unit.test_kind_places import new_ref;"
-            "place = Place(pathlib.Path(sys.argv[1])); sys.stdin.read(1); print(int(place.claim(new_ref())))"
-        )
-        racing = [
-            subprocess.Popen([sys.executable, "-c", program, str(place.directory)], cwd=ROOT, stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, text=True)
-            for _ in range(2)
-        ]  # fmt: skip
+        together, claimed = forked.Barrier(4), forked.Queue()
+
+        def race(together: Any = together, claimed: Any = claimed) -> None:
+            together.wait()
+            claimed.put(world.standby.claim(new_ref()) is not None)
+
+        racing = [forked.Process(target=race) for _ in range(4)]
         for process in racing:
-            assert process.stdin is not None
-            process.stdin.write("go")
-            process.stdin.flush()
-        assert sorted(process.communicate()[0] for process in racing) == ["0\n", "1\n"], n
+            process.start()
+        assert sorted(claimed.get(timeout=30) for _ in racing) == [False, False, False, True]
+        for process in racing:
+            process.join()
+    assert world.standby.standing().claimed == 5
 
 
 def test_too_old_a_cluster_is_handed_to_nobody_and_replaced(world: World) -> None:

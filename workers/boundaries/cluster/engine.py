@@ -17,8 +17,9 @@ KIND_CLUSTER = "io.x-k8s.kind.cluster"
 """The label that kind puts on each of its containers: the cluster's name."""
 _ANSWER_S = 20.0
 _REMOVE_S = 30.0
+_LOAD_S = 120.0
 _MAX_OUTPUT = 4 * 2**20
-_ABSENT = re.compile(r"Error response from daemon: (No such container|network \S+ not found)", re.IGNORECASE)
+_ABSENT = re.compile(r"Error response from daemon: (No such (container|object)|network \S+ not found)", re.IGNORECASE)
 """Not to be mixed up with a socket that is not found: then it is the engine that is absent."""
 
 
@@ -54,11 +55,12 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """Of kind's: `cluster` is what kind calls it, `networks` the names of those that it is or was to be in."""
+    """Of kind's: `cluster` is what kind calls it, `network` the name of the one that it was made for, which it keeps
+    when that is gone."""
 
     id: str
     cluster: str
-    networks: frozenset[str]
+    network: str
     is_running: bool
 
 
@@ -128,13 +130,14 @@ class Engine:
 
     def containers(self) -> list[Container]:
         """All of kind's, stopped ones too. Raises EngineFailed."""
-        columns = "\t".join(["{{.ID}}", f'{{{{.Label "{KIND_CLUSTER}"}}}}', "{{.Networks}}", "{{.State}}"])
-        filters = [f"--filter=label={KIND_CLUSTER}"]
-        said = self._ask("ps", "--all", "--no-trunc", *filters, f"--format={columns}")
-        rows = [line.split("\t") for line in said.splitlines()]
+        ids = self._ask("ps", "--all", "--no-trunc", "--quiet", f"--filter=label={KIND_CLUSTER}").split()
+        cluster = f'{{{{index .Config.Labels "{KIND_CLUSTER}"}}}}'
+        columns = "\t".join(["{{.Id}}", cluster, "{{.HostConfig.NetworkMode}}", "{{.State.Running}}"])
+        said = self._ask("inspect", "--type=container", f"--format={columns}", *ids, some_absent=True) if ids else ""
+        rows = [line.split("\t") for line in said.splitlines() if line]
         return [
-            Container(id=id_, cluster=cluster, networks=frozenset(networks.split(",")), is_running=state == "running")
-            for id_, cluster, networks, state in rows
+            Container(id=id_, cluster=name, network=network, is_running=running == "true")
+            for id_, name, network, running in rows
         ]
 
     def limit(self, container: str, limits: Sequence[str]) -> None:
@@ -152,8 +155,8 @@ class Engine:
             if not _ABSENT.search(error.detail):
                 raise
 
-    def _ask(self, *words: str, within_s: float = _ANSWER_S) -> str:
-        """-> what it printed. Raises EngineFailed."""
+    def _ask(self, *words: str, within_s: float = _ANSWER_S, some_absent: bool = False) -> str:
+        """-> what it printed. `some_absent`: of several things asked for, some may be gone. Raises EngineFailed."""
         try:
             ended = run(
                 [str(self.docker), *words], env=self.environment, timeout_s=within_s, max_output=_MAX_OUTPUT,
@@ -163,7 +166,8 @@ class Engine:
             raise EngineFailed(f"the engine at {self.host}: {error.detail}") from error
         if ended.status != 0:
             said = ended.stderr.decode("utf-8", "replace").strip() or f"status {ended.status}"
-            raise EngineFailed(f"the engine at {self.host}: {said[-500:]}")
+            if not (some_absent and all(map(_ABSENT.search, said.splitlines()))):
+                raise EngineFailed(f"the engine at {self.host}: {said[-500:]}")
         if ended.truncated:
             raise EngineFailed(f"the engine at {self.host} said more than {_MAX_OUTPUT} bytes")
         return ended.text

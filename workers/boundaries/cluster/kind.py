@@ -60,7 +60,8 @@ _ANSWERS_S = 3.0
 class KindHost:
     """What the provisioner is told. `docker_host`: the engine's socket, on this host; `node_image`: as the engine knows
     it, best by digest or id; `state`: a directory of this worker's host for this installation and site alone;
-    `max_clusters`: on this engine at once, whosever they are."""
+    `max_clusters`: on this engine at once, whosever they are; `archives`: OCI archives that each node is given, beyond
+    what is in its image."""
 
     installation: str
     site: str
@@ -70,6 +71,7 @@ class KindHost:
     docker: Path = Path("/usr/bin/docker")
     kind: Path = Path("/usr/bin/kind")
     max_clusters: int = 2
+    archives: tuple[Path, ...] = ()
     node: Node = field(default_factory=Node)
 
     def __post_init__(self) -> None:
@@ -144,9 +146,9 @@ class KindProvisioner:
         first, so that whatever is listed had its network by then. Raises EngineFailed."""
         names = {place.name for place in self._places.all()}
         for container in self._engine.containers():
-            for said in map(read_network_name, container.networks):
-                if said is not None and said[1] == self._host.installation:
-                    names.add(said[0])
+            said = read_network_name(container.network)
+            if said is not None and said[1] == self._host.installation:
+                names.add(said[0])
         elsewhere = set()
         for network in self._networks():
             ref = read_labels(network)
@@ -238,6 +240,8 @@ class KindProvisioner:
         self._run_kind(ref, place, image, cancelled, tell)
         for container in self._containers(ref.name):
             self._engine.limit(container, render_limits(self._host.node))
+            for archive in self._host.archives:
+                self._engine.load(container, archive)
         place.kubeconfig.chmod(0o600)
         if cancelled.is_set():
             raise ProvisionFailed("cancelled when the cluster was there")
@@ -273,7 +277,7 @@ class KindProvisioner:
     def _containers(self, name: str) -> list[str]:
         """By kind's label, and by the name of their network: another installation's may be called the same."""
         network = network_name(name, self._host.installation)
-        return [one.id for one in self._engine.containers() if one.cluster == name and network in one.networks]
+        return [one.id for one in self._engine.containers() if (one.cluster, one.network) == (name, network)]
 
     def clear(self, name: str) -> None:
         """End the cluster that kind calls so, whosever it is: again and again until a look finds nothing, since the
