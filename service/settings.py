@@ -71,6 +71,30 @@ class Settings(BaseSettings):
         ("runc", "gvisor"), description="variants of boundary namespace that this worker builds (JSON list)"
     )
 
+    cluster_provisioners: tuple[Literal["kind", "capi"], ...] = Field(
+        ("kind",), description="what boundary cluster makes clusters with (JSON list)"
+    )
+    cluster_images: dict[str, str] = Field(
+        {}, description="of boundary cluster, runtime to image of ours by digest, `default` among them (JSON)"
+    )
+    cluster_archives: tuple[Path, ...] = Field(
+        (), description="OCI archives that are loaded into each cluster of kind; without, its nodes have the images"
+    )
+    clusters_at_once: int = Field(2, gt=0, description="of each of these, clusters on this host at the same time")
+    standby_clusters: int = Field(0, ge=0, description="clusters of kind kept ready before anybody asks")
+    kind: Path = Field(Path("/usr/bin/kind"), description="the program that makes clusters in containers")
+    docker: Path = Field(Path("/usr/bin/docker"), description="the container engine's command, for kind")
+    docker_host: str = Field("unix:///var/run/docker.sock", description="the container engine's socket, on this host")
+    kind_node_image: str = Field("", description="of kind's nodes, with gVisor in it, by digest; empty: none")
+    capi_kubeconfig: Path | None = Field(
+        None, description="of the management cluster of Cluster API, as the engine's user; empty: none"
+    )
+    capi_namespace: str = Field("blastdoor-clusters", description="there, for clusters of ours and nothing else")
+    capi_topology: Path | None = Field(
+        None, description="folder of templates of a cluster; empty: the one that is shipped"
+    )
+    capi_ready_s: Seconds = Field(900.0, description="a cluster of Cluster API that is not ready by then is given up")
+
     # Times; tests scale them down
     lease_s: Seconds = Field(30.0, description="a worker's right to act on a run, without a heartbeat")
     heartbeat_s: Seconds = Field(10.0, description="how often a worker renews it")
@@ -130,7 +154,9 @@ class Settings(BaseSettings):
         "", description="NAME:ACTION[@N],... for tests of faults; refused unless environment=test; empty: none"
     )
 
-    @field_validator("policy_file", "bus_url", "webhook_ca_file", "kubeconfig", mode="before")
+    @field_validator(
+        "policy_file", "bus_url", "webhook_ca_file", "kubeconfig", "capi_kubeconfig", "capi_topology", mode="before"
+    )
     @classmethod
     def _empty_is_absent(cls, value: object) -> object:
         return None if value == "" else value

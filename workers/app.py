@@ -27,7 +27,7 @@ from service.adapters.blobs import FileBlobs
 from service.adapters.celery_queue import RING_TASK, WORKER_OPTIONS, CeleryDoorbell, celery_app, queue_name
 from service.adapters.redis_bus import RedisHints
 from service.adapters.sql_store import SqlStore
-from service.core.boundary import Boundary, BoundaryKind, Capabilities
+from service.core.boundary import Boundary, BoundaryKind, Capabilities, ClusterChoices
 from service.core.custody import ReaperStore
 from service.core.errors import BlastdoorError
 from service.core.ids import new_id
@@ -42,7 +42,7 @@ from workers.metrics import MeteredLine, MeteredRecovery, PoolMetrics, ReaperMet
 from workers.reaper import Reaper, Swept, watch_sites
 from workers.reconcile import reconcile
 from workers.registrar import registering
-from workers.registry import Warmable, load
+from workers.registry import Keeping, Warmable, load
 from workers.run_scenario import Line
 from workers.tasks import register
 from workers.watch import WatchTimes
@@ -51,6 +51,7 @@ _JUST_HEARD_S = 0.2
 """A child that was handed a bell has begun to play by then."""
 
 log = structlog.get_logger()
+_KEEP_S = 1.0
 T = TypeVar("T")
 
 
@@ -88,6 +89,20 @@ class Site:
     @property
     def namespace_variants(self) -> Sequence[str]:
         return self.settings.namespace_variants
+
+    @property
+    def clusters(self) -> ClusterChoices:
+        return cluster_choices(self.settings)
+
+
+def cluster_choices(settings: Settings) -> ClusterChoices:
+    return ClusterChoices(
+        provisioners=settings.cluster_provisioners, images=settings.cluster_images, archives=settings.cluster_archives,
+        at_once=settings.clusters_at_once, standby=settings.standby_clusters, kind=settings.kind,
+        docker=settings.docker, docker_host=settings.docker_host, node_image=settings.kind_node_image,
+        ready_s=settings.capi_ready_s, capi_kubeconfig=settings.capi_kubeconfig, capi_namespace=settings.capi_namespace,
+        capi_topology=settings.capi_topology,
+    )  # fmt: skip
 
 
 @dataclass
@@ -341,13 +356,33 @@ def run_reaper(settings: Settings) -> int:
         quarantine_after=timedelta(seconds=settings.quarantine_after_s), on_quarantine=metrics.quarantined.inc,
         silent_after=timedelta(seconds=settings.site_silent_s),
     )  # fmt: skip
+    keepers = [
+        threading.Thread(target=_keep, args=(boundary, stop, metrics), name=f"keep-{boundary.kind}")
+        for boundary in parts.boundaries.values()
+        if isinstance(boundary, Keeping)
+    ]
+    for keeper in keepers:
+        keeper.start()
     while not stop.is_set():
         housekeep(parts, reaper, runs, metrics)
         due = time.monotonic() + settings.housekeeping_s
         while (left_s := due - time.monotonic()) > 0 and not stop.wait(min(settings.orders_poll_s, left_s)):
             _passed(reaper.attend)
+    for keeper in keepers:
+        keeper.join()
     housekeep(parts, reaper, runs, metrics)
     return 0
+
+
+def _keep(boundary: Keeping, stop: threading.Event, metrics: ReaperMetrics) -> None:
+    """Boundaries that are made before anybody asks, until we stop: then those that nobody has are ended. In a thread
+    of its own, since to make one takes half a minute; each pass asks what there is anew."""
+    while not stop.is_set():
+        _passed(partial(boundary.keep, cancelled=stop))
+        metrics.standing(boundary.standing())
+        stop.wait(_KEEP_S)
+    _passed(boundary.keep_none)
+    metrics.standing(boundary.standing())
 
 
 def housekeep(parts: Parts, reaper: Reaper, runs: ReaperStore, metrics: ReaperMetrics) -> None:

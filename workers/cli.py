@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from service.core.boundary import BoundaryKind, Capabilities
+from service.core.boundary import NO_CLUSTERS, BoundaryKind, Capabilities, ClusterChoices
 from service.core.cleanup import ActionResult, PlannedAction, Scope
 from service.core.errors import BlastdoorError
 from service.core.placement import OFFERS
@@ -70,6 +70,7 @@ class ThisHost:
     kubeconfig: Path | None = None
     kube_image: str = ""
     namespace_variants: Sequence[str] = ("runc", "gvisor")
+    clusters: ClusterChoices = NO_CLUSTERS
 
 
 @commands.command()

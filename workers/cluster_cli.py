@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from service.core.boundary import BoundaryKind
+from service.core.boundary import NO_CLUSTERS, BoundaryKind, ClusterChoices
 from workers.kube import Cluster, ClusterError
 from workers.kube.check import Row, State, check, matrix
 from workers.kube.install import ENGINE, MAX_S, POOL, Choices, wanted
@@ -188,6 +188,7 @@ class _Here:
     installation: str
     site: str = "check"
     namespace_variants: Sequence[str] = ("runc", "gvisor")
+    clusters: ClusterChoices = NO_CLUSTERS
     state_dir: Path = Path("/nonexistent")
     runtime_dir: Path = Path("/nonexistent")
     runsc: Path = Path("/nonexistent")

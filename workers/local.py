@@ -14,7 +14,7 @@ from pathlib import Path
 import structlog
 
 from service.adapters.sql_store import SqlStore
-from service.core.boundary import Boundary, BoundaryKind, BoundaryRef
+from service.core.boundary import NO_CLUSTERS, Boundary, BoundaryKind, BoundaryRef, ClusterChoices
 from service.core.cleanup import (
     KILL_GRACE,
     ActionKind,
@@ -51,6 +51,7 @@ class Here:
     kubeconfig: Path | None = None
     kube_image: str = ""
     namespace_variants: Sequence[str] = ("runc", "gvisor")
+    clusters: ClusterChoices = NO_CLUSTERS
 
 
 @dataclass

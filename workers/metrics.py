@@ -17,7 +17,7 @@ import socketserver
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -167,10 +167,26 @@ class ReaperMetrics:
         self.orphans = Gauge(
             "blastdoor_orphan_boundaries", "Boundaries without a run that the last pass left behind.", registry=registry
         )
+        self._standby = Gauge(
+            "blastdoor_standby_clusters", "Kept ready for whoever comes next: wanted, ready, being made.", ("state",),
+            registry=registry,
+        )  # fmt: skip
+        self._standby_used = Gauge(
+            "blastdoor_standby_clusters_ended", "Of this host so far: claimed by a run, too old, failed.", ("how",),
+            registry=registry,
+        )  # fmt: skip
         self.recovered = Counter(
             "blastdoor_runs_recovered_total", "Runs that nobody acted on: ended, or requeued (outcome `none`).",
             ("boundary", "outcome", "reason"), registry=registry,
         )  # fmt: skip
+
+    def standing(self, counted: Mapping[str, int]) -> None:
+        """As `workers.registry.Keeping.standing` has it; nothing where none are kept."""
+        for name, number in counted.items():
+            if name in ("wanted", "ready", "being_made"):
+                self._standby.labels(name).set(number)
+            else:
+                self._standby_used.labels(name).set(number)
 
 
 class MeteredRecovery:

@@ -1,13 +1,14 @@
 """Which class builds which kind. Explicit, and an import that fails is an error: a missing driver is never skipped."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol, cast, runtime_checkable
 
-from service.core.boundary import Boundary, BoundaryKind, Host
+from service.core.boundary import Boundary, BoundaryKind, Cancellation, Host
 
 DRIVERS: Mapping[BoundaryKind, str] = {
     BoundaryKind.GVISOR: "workers.boundaries.gvisor.driver:GvisorBoundary",
+    BoundaryKind.CLUSTER: "workers.boundaries.cluster.driver:ClusterBoundary",
     BoundaryKind.NAMESPACE: "workers.boundaries.namespace.driver:NamespaceBoundary",
 }
 
@@ -31,6 +32,32 @@ class Surrounded(Protocol):
 
     def surroundings(self) -> Sequence[tuple[str, int]]:
         """Who answers near them by TCP, as (address, port): what a guest must not reach. Raises BlastdoorError."""
+        ...
+
+
+@runtime_checkable
+class Telling(Protocol):
+    """A driver whose boundaries take so long to make that somebody wants to know what takes the seconds."""
+
+    def telling(self, tell: Callable[[str], None]) -> Boundary:
+        """-> the same, which tells of what it makes in short lines."""
+        ...
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A driver that keeps boundaries ready which nobody uses yet. One process of a host does it."""
+
+    def keep(self, *, cancelled: Cancellation) -> None:
+        """Make what is missing, end what is too old. To be called again and again. Raises BlastdoorError, OSError."""
+        ...
+
+    def keep_none(self) -> None:
+        """End those that nobody uses. Raises BlastdoorError, OSError."""
+        ...
+
+    def standing(self) -> Mapping[str, int]:
+        """`wanted`, `ready` and `being_made` now; `claimed`, `expired` and `failed` as they add up."""
         ...
 
 

@@ -46,11 +46,14 @@ from service.core.run import Outcome, Reason, Result, Run, Verdict, output_name
 from service.core.scenario import Step
 from service.core.verdict import JudgedStep, judge_files, judge_run, judge_step, skipped
 from workers.live import Live
+from workers.registry import Telling
 from workers.watch import Watch, WatchTimes, monotonic
 
 ALWAYS_GRACE_S = 10.0
 """Steps marked `always` still run after the run's time is over, for at most so long in all."""
 _TEARDOWN_S = 60.0
+_MAKING_S = {BoundaryKind.CLUSTER: 900.0}
+"""What takes longer than moments to make."""
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -177,6 +180,7 @@ def _play_through(line: Line, claim: Claim, boundary: Boundary, ref: BoundaryRef
     spec = BoundarySpec(
         limits=run.controls.limits,
         network=run.controls.network,
+        needs=tuple(run.controls.needs),
         runtime=claim.scenario.runtime,
         lifetime=line.times.lease + _lifetime(run),
         node_group=run.placement.node_group,
@@ -184,6 +188,8 @@ def _play_through(line: Line, claim: Claim, boundary: Boundary, ref: BoundaryRef
     )
     try:
         live.progress("boundary", "started", text=run.placement.boundary)
+        if isinstance(boundary, Telling):
+            boundary = boundary.telling(lambda text: live.progress("boundary", "started", text=text))
         with boundary.open(spec, ref, cancelled=watch) as sandbox:
             if claim.bundle is not None:
                 bundle_path = line.blobs.path(run.tenant, claim.bundle.digest)
@@ -372,4 +378,5 @@ def _ref(line: Line, claim: Claim) -> BoundaryRef:
 
 def _lifetime(run: Run) -> timedelta:
     """Of a boundary, beyond the lease that it was claimed with."""
-    return run.controls.limits.wall + timedelta(seconds=2 * _TEARDOWN_S)
+    making_s = _MAKING_S.get(run.placement.kind, 0.0)
+    return run.controls.limits.wall + timedelta(seconds=2 * _TEARDOWN_S + making_s)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from service.core.controls import PLATFORM_CEILINGS, Limits, Network
+from service.core.controls import PLATFORM_CEILINGS, Limits, Need, Network
 from service.core.tenancy import Quota
 
 
@@ -120,15 +120,40 @@ class Share(_Frozen):
     limits: Limits = PLATFORM_CEILINGS
 
 
+class ClusterChoices(_Frozen):
+    """How boundary `cluster` makes its clusters. `provisioners`: those to be offered, `kind` and `capi`; `images`: of
+    each runtime the image, by digest; `archives`: OCI archives with those images that a node of kind does not have;
+    `at_once`: clusters of each provisioner at the same time; `standby`: of kind, made before anybody asks; `ready_s`:
+    a cluster of Cluster API that is not ready by then is given up."""
+
+    provisioners: tuple[str, ...] = ()
+    images: Mapping[str, str] = {}
+    archives: tuple[Path, ...] = ()
+    at_once: int = 2
+    standby: int = 0
+    kind: Path = Path("/usr/bin/kind")
+    docker: Path = Path("/usr/bin/docker")
+    docker_host: str = "unix:///var/run/docker.sock"
+    node_image: str = ""
+    capi_kubeconfig: Path | None = None
+    capi_namespace: str = "blastdoor-clusters"
+    capi_topology: Path | None = None
+    ready_s: float = 900.0
+
+
+NO_CLUSTERS = ClusterChoices()
+
+
 class BoundarySpec(_Frozen):
     """What to build. It does not depend on the number of steps: one shape serves 1 and 100.
 
     `lifetime`: after so long its supervisor ends it, by a clock that nobody sets; when absent, at the reference's
     `expires_at`, by the host's own clock. `node_group`: it runs on a node of this group, and on no other. `share`: of
-    the tenant."""
+    the tenant. `needs`: what the code cannot do without; a boundary that does not give it refuses."""
 
     limits: Limits
     network: Network
+    needs: tuple[Need, ...] = ()
     runtime: str = "default"
     lifetime: timedelta | None = None
     node_group: str | None = None
@@ -332,6 +357,8 @@ class Host(Protocol):
     def kube_image(self) -> str: ...
     @property
     def namespace_variants(self) -> Sequence[str]: ...
+    @property
+    def clusters(self) -> ClusterChoices: ...
 
 
 class Boundary(Protocol):

@@ -48,6 +48,7 @@ PLACES: Mapping[Failpoint, frozenset[str]] = {
             "workers.boundaries.fake:FakeBoundary.open",
             "workers.boundaries.gvisor.driver:GvisorBoundary.open",
             "workers.boundaries.namespace.driver:NamespaceBoundary.open",
+            "workers.boundaries.cluster.driver:ClusterBoundary.open",
         }
     ),
     Failpoint.OPEN_HALF_CREATED: frozenset(
@@ -55,6 +56,7 @@ PLACES: Mapping[Failpoint, frozenset[str]] = {
             "workers.boundaries.fake:FakeBoundary.open",
             "workers.boundaries.gvisor.driver:GvisorBoundary._make",
             "workers.pods.opening:Opening.make",
+            "workers.boundaries.cluster.driver:ClusterBoundary._make",
         }
     ),
     Failpoint.OPEN_CREATED: frozenset(
@@ -62,6 +64,7 @@ PLACES: Mapping[Failpoint, frozenset[str]] = {
             "workers.boundaries.fake:FakeBoundary.open",
             "workers.boundaries.gvisor.driver:GvisorBoundary.open",
             "workers.boundaries.namespace.driver:NamespaceBoundary.open",
+            "workers.boundaries.cluster.driver:ClusterBoundary.open",
         }
     ),
     Failpoint.UPLOAD_AFTER: frozenset({"workers.run_scenario:_play_through"}),

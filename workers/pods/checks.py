@@ -50,8 +50,12 @@ def refusals(cluster: Cluster, ref: BoundaryRef, spec: BoundarySpec, *, image: s
             for kind in ("requests", "limits"):
                 pod["spec"]["containers"][0]["resources"][kind]["memory"] = str(2**50)
 
+    def annotated(pod: Manifest) -> None:
+        pod["metadata"]["annotations"] = {"dev.gvisor.spec.mount": "none"}
+
     for what, change, words in (
         ("PodSecurity restricted", privileged, ("PodSecurity",)),
+        ("admission of pods", annotated, ("annotations:",)),
         ("ResourceQuota and LimitRange", greedy, ("quota", "maximum memory")),
     ):
         why = _refused(cluster, good, change, words)

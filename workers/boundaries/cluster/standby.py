@@ -80,6 +80,14 @@ class Standby:
             if len(ready) < self._wanted and time.monotonic() >= self._not_before and not cancelled.is_set():
                 self._make_one(record, cancelled)
 
+    def keep_none(self) -> None:
+        """End those that nobody has: whoever kept them stops. Raises EngineFailed, OSError."""
+        with self._places.locked("standby") as alone:
+            if alone:
+                self._end_lost()
+                for place in self._unclaimed():
+                    self._end(place, why="nobody keeps it any more")
+
     def claim(self, ref: BoundaryRef) -> Path | None:
         """-> kubeconfig of a cluster that is this run's from now on, or None when none is ready. The record of it is on
         disk before it is used. Raises ProvisionFailed for what is not of this place, OSError."""

@@ -1,0 +1,226 @@
+"""The cluster boundary: a whole Kubernetes cluster for one run, and in it the same pod, behind the same walls, as in a
+cluster that is shared.
+
+Order of making: the cluster, or a standby one that is claimed; what `blastdoor cluster install` puts in; the pod.
+What was to be shown once in a shared cluster is shown in each of these before the first step (`inside.py`). The
+cluster's administrator is this worker, whose kubeconfig no guest sees. Undoing is the provisioner's: it takes all.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import structlog
+
+from service.core.boundary import (
+    Boundary,
+    BoundaryKind,
+    BoundaryRef,
+    BoundarySpec,
+    Cancellation,
+    Capabilities,
+    ClusterChoices,
+    Host,
+    Sandbox,
+)
+from service.core.controls import Need
+from service.core.errors import BlastdoorError, BoundaryLost, NotYetDestroyed, ProvisionFailed
+from service.core.failpoints import Failpoint, reach
+from workers.boundaries.cluster.capi import CapiHost, CapiProvisioner
+from workers.boundaries.cluster.inside import Inside, common_prefix, get_ready
+from workers.boundaries.cluster.kind import KindHost, KindProvisioner
+from workers.boundaries.cluster.provisioners import Provisioner, Tell
+from workers.boundaries.cluster.standby import Standby
+from workers.kube import ClusterError
+from workers.pods.render import hashed
+
+log = structlog.get_logger()
+
+GIVES = frozenset({Need.KUBERNETES_API})
+_NO_IMAGES = "images of its runtimes, by digest: BLASTDOOR_CLUSTER_IMAGES names them, or BLASTDOOR_KUBE_IMAGE the one"
+
+
+def _silent(line: str) -> None:
+    """Nobody asked to be told."""
+
+
+class ClusterBoundary:
+    """Implements `service.core.boundary.Boundary`, and of `workers.registry` Telling and Keeping."""
+
+    def __init__(
+        self, *, installation: str, site: str, images: Mapping[str, str], provisioners: Sequence[Provisioner],
+        standby: Standby | None = None, tell: Tell = _silent,
+    ) -> None:  # fmt: skip
+        """`images`: of each runtime, by digest; `standby`: of the provisioner for kind."""
+        self._installation, self._site, self._images = installation, site, images
+        self._provisioners = {one.variant: one for one in provisioners}
+        self._standby, self._tell = standby, tell
+
+    @classmethod
+    def for_host(cls, host: Host) -> "ClusterBoundary":
+        """As the registry makes it."""
+        choices = host.clusters
+        images = dict(choices.images) or ({"default": host.kube_image} if host.kube_image else {})
+        state = host.state_dir.absolute() / "clusters" / hashed(host.site)[:12]
+        made = [_made(variant, host, choices, state) for variant in choices.provisioners]
+        kind = next((one for one in made if isinstance(one, KindProvisioner)), None)
+        standby = None
+        if kind is not None and images:
+            standby = Standby(
+                kind,
+                wanted=choices.standby,
+                prepare=lambda path: _prepared(path, images),
+                made_of=repr(sorted(images.items())),
+            )
+        return cls(
+            installation=host.installation, site=host.site, images=images, standby=standby,
+            provisioners=[one for one in made if one is not None],
+        )  # fmt: skip
+
+    @property
+    def kind(self) -> BoundaryKind:
+        return BoundaryKind.CLUSTER
+
+    def telling(self, tell: Tell) -> Boundary:
+        return ClusterBoundary(
+            installation=self._installation, site=self._site, images=self._images, standby=self._standby, tell=tell,
+            provisioners=list(self._provisioners.values()),
+        )  # fmt: skip
+
+    def keep(self, *, cancelled: Cancellation) -> None:
+        if self._standby is not None:
+            self._standby.keep(cancelled=cancelled)
+
+    def keep_none(self) -> None:
+        if self._standby is not None:
+            self._standby.keep_none()
+
+    def standing(self) -> Mapping[str, int]:
+        return {} if self._standby is None else vars(self._standby.standing())
+
+    def probe(self) -> Sequence[Capabilities]:
+        """What a cluster needs that would be made now. What the cluster itself enforces is found out in each, before
+        its run's first step: one that only shows it would take half a minute of this host."""
+        return [self._row(one) for one in self._provisioners.values()]
+
+    def _row(self, provisioner: Provisioner) -> Capabilities:
+        missing = [*provisioner.lacks()]
+        if not self._images:
+            missing.append(_NO_IMAGES)
+        elif (why := _amiss(self._images)) is not None:
+            missing.append(why)
+        return Capabilities(
+            boundary=f"{BoundaryKind.CLUSTER}/{provisioner.variant}",
+            available=not missing,
+            missing=tuple(missing),
+            abilities=frozenset(need.value for need in GIVES),
+            runtimes={name: image.rpartition("@")[2] for name, image in self._images.items()},
+            versions=dict(provisioner.versions()),
+        )
+
+    @contextmanager
+    def open(self, spec: BoundarySpec, ref: BoundaryRef, *, cancelled: Cancellation) -> Iterator[Sandbox]:
+        provisioner, image = self._accept(spec, ref)
+        reach(Failpoint.OPEN_BEFORE_CREATE)
+        if cancelled.is_set():
+            raise ProvisionFailed("not wanted any more, before anything was made")
+        try:
+            inside = self._make(provisioner, spec, ref, cancelled)
+            sandbox = inside.open(spec, ref, image=image, cancelled=cancelled, tell=self._tell)
+            reach(Failpoint.OPEN_CREATED)
+        except BaseException as error:
+            with suppress(NotYetDestroyed):  # the reaper has the reference
+                provisioner.destroy(ref)
+            if isinstance(error, ClusterError | BoundaryLost):
+                raise ProvisionFailed(f"the cluster could not be used: {error}") from error
+            raise
+        try:
+            yield sandbox
+        finally:
+            with suppress(BoundaryLost):  # with the cluster everything in it goes
+                sandbox.end()
+            inside.close()
+
+    def discover(self) -> Iterator[BoundaryRef]:
+        """Raises BlastdoorError when one of the platforms cannot be asked: then nothing may be called absent."""
+        for provisioner in self._provisioners.values():
+            yield from provisioner.discover()
+
+    def destroy(self, ref: BoundaryRef) -> None:
+        provisioner = self._provisioners.get(ref.variant)
+        if provisioner is None:
+            raise NotYetDestroyed(f"{ref.name}: this host has no provisioner {ref.variant!r} any more")
+        try:
+            provisioner.destroy(ref)
+        except NotYetDestroyed:
+            raise
+        except BlastdoorError as error:
+            raise NotYetDestroyed(f"{ref.name}: {error}") from error
+
+    def _accept(self, spec: BoundarySpec, ref: BoundaryRef) -> tuple[Provisioner, str]:
+        """Isolation never degrades. Raises ProvisionFailed."""
+        if ref.kind is not BoundaryKind.CLUSTER or ref.installation != self._installation:
+            raise ProvisionFailed(f"{ref.name} is not for this boundary")
+        if ref.variant not in self._provisioners:
+            raise ProvisionFailed(f"variant {ref.variant!r} is not offered here")
+        if spec.runtime not in self._images:
+            raise ProvisionFailed(f"there is no runtime {spec.runtime} here; there are: {', '.join(self._images)}")
+        if (why := _amiss(self._images)) is not None:
+            raise ProvisionFailed(why)
+        if not_given := [need.value for need in spec.needs if need not in GIVES]:
+            raise ProvisionFailed(f"this boundary does not give {', '.join(not_given)}")
+        if spec.network.mode != "none":
+            raise ProvisionFailed("this boundary has no network to allow")
+        return self._provisioners[ref.variant], self._images[spec.runtime]
+
+    def _make(self, provisioner: Provisioner, spec: BoundarySpec, ref: BoundaryRef, cancelled: Cancellation) -> Inside:
+        """Raises ProvisionFailed, BoundaryLost, ClusterError."""
+        kubeconfig = None
+        if self._standby is not None and isinstance(provisioner, KindProvisioner):
+            kubeconfig = self._standby.claim(ref)
+        if kubeconfig is not None:
+            self._tell("a standby cluster was claimed")
+            return Inside.of_ready(kubeconfig, self._images)
+        kubeconfig = provisioner.create(ref, cancelled=cancelled, tell=self._tell)
+        reach(Failpoint.OPEN_HALF_CREATED)
+        self._tell("getting the cluster ready")
+        return get_ready(kubeconfig, self._images, cancelled=cancelled)
+
+
+class _Never:
+    def is_set(self) -> bool:
+        return False
+
+
+def _prepared(kubeconfig: Path, images: Mapping[str, str]) -> None:
+    get_ready(kubeconfig, images, cancelled=_Never()).close()
+
+
+def _amiss(images: Mapping[str, str]) -> str | None:
+    """What is wrong with the images' names, or None."""
+    try:
+        common_prefix(images.values())
+    except ValueError as error:
+        return f"images that can be told from others: {error} (BLASTDOOR_CLUSTER_IMAGES)"
+    return None if "default" in images else "an image for runtime `default` (BLASTDOOR_CLUSTER_IMAGES)"
+
+
+def _made(variant: str, host: Host, choices: ClusterChoices, state: Path) -> Provisioner | None:
+    """None for Cluster API without a management cluster: nothing is known of it that could be probed."""
+    if variant == "kind":
+        return KindProvisioner(
+            KindHost(
+                installation=host.installation, site=host.site, state=state, node_image=choices.node_image,
+                docker_host=choices.docker_host, docker=choices.docker, kind=choices.kind,
+                max_clusters=choices.at_once, archives=choices.archives,
+            )
+        )  # fmt: skip
+    if choices.capi_kubeconfig is None:
+        return None
+    return CapiProvisioner(
+        CapiHost(
+            installation=host.installation, site=host.site, state=state, kubeconfig=choices.capi_kubeconfig,
+            namespace=choices.capi_namespace, topology=choices.capi_topology, max_clusters=choices.at_once,
+            ready_s=choices.ready_s,
+        )
+    )  # fmt: skip

@@ -1,0 +1,245 @@
+"""Inside a cluster of one run: what is installed, what is shown before anybody relies on it, and the run's pod.
+
+Shown in each cluster, before the first step:
+
+    node          it is ready, and says that it has the handler which RuntimeClass gvisor names
+    runtime       our own program in the run's pod sees gVisor's kernel and not the node's
+    PodSecurity, quota, admission    a pod that must fail is refused by each
+    policy        our first process cannot reach the listener, and a pod that policy lets through can
+    own API       where the scenario has it: an object that only its policies refuse is refused to its account
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.core.boundary import (
+    ArtifactLimits,
+    Artifacts,
+    ArtifactSink,
+    BoundaryKind,
+    BoundaryRef,
+    BoundarySpec,
+    Bundle,
+    Cancellation,
+    Evidence,
+    Execution,
+    StepSpec,
+)
+from service.core.boundary import Listener as StepListener
+from service.core.controls import Need
+from service.core.errors import BoundaryLost, ProvisionFailed
+from workers.boundaries.cluster.provisioners import Tell
+from workers.kube import Cluster, Denied, Manifest, together
+from workers.kube.install import Choices, wanted
+from workers.pods.checks import handler_faults, kernel, refusals
+from workers.pods.listener import Listener
+from workers.pods.nodes import is_ready
+from workers.pods.opening import Additions, Opening
+from workers.pods.own_api import (
+    NAMESPACE,
+    Endpoint,
+    own_api_cluster,
+    own_api_environment,
+    render_own_api,
+    render_way_to_api,
+    with_own_api,
+)
+from workers.pods.render import namespace_name
+from workers.pods.sandbox import PodSandbox
+
+RUNTIME_CLASS = "gvisor"
+"""Of every pod, and the variant of the run's. What the nodes are is the provisioner's business."""
+_NODE_S = 240.0
+_SETTLE_S = 60.0
+_LOOK_S = 0.2
+
+
+def common_prefix(images: Iterable[str]) -> str:
+    """What all these names begin with, up to `/` or `@`: the admission policies take no other image. Raises
+    ValueError."""
+    names = list(images)
+    if wrong := [name for name in names if "@sha256:" not in name]:
+        raise ValueError(f"{wrong[0]!r} is no image by digest (NAME@sha256:...)")
+    beginnings = [names[0][: end.end()] for end in re.finditer("[/@]", names[0])]
+    shared = [one for one in beginnings if all(name.startswith(one) for name in names)]
+    if not shared:
+        raise ValueError(f"{', '.join(names)} do not begin alike, up to a /")
+    return shared[-1]
+
+
+def get_ready(kubeconfig: Path, images: Mapping[str, str], *, cancelled: Cancellation) -> "Inside":
+    """Everything that can be done before a run is known. Raises ProvisionFailed, ClusterError."""
+    inside = Inside.of_ready(kubeconfig, images)
+    try:
+        inside.install(cancelled)
+    except BaseException:
+        inside.close()
+        raise
+    return inside
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inside:
+    """A cluster as its administrator has it."""
+
+    kubeconfig: Path
+    cluster: Cluster
+    prefix: str
+
+    @classmethod
+    def of_ready(cls, kubeconfig: Path, images: Mapping[str, str]) -> "Inside":
+        """One in which `install` has been done. Raises ClusterError."""
+        return cls(
+            kubeconfig=kubeconfig, cluster=Cluster.from_kubeconfig(kubeconfig), prefix=common_prefix(images.values())
+        )
+
+    def close(self) -> None:
+        self.cluster.close()
+
+    def install(self, cancelled: Cancellation) -> None:
+        """Raises ProvisionFailed, ClusterError."""
+        groups = [one["name"] for one in self.cluster.raw("GET", "/apis").body["groups"]]
+        for manifest in wanted(Choices(image_prefix=self.prefix, pool={}, own_api=True)):
+            self.cluster.apply(manifest)
+        for manifest in own_api_cluster(
+            groups, image_prefix=self.prefix, runtime_class=RUNTIME_CLASS, api_endpoints=self.api_endpoints()
+        ):
+            self.cluster.apply(manifest)
+        self._await_node(cancelled)
+
+    def open(
+        self, spec: BoundarySpec, ref: BoundaryRef, *, image: str, cancelled: Cancellation, tell: Tell
+    ) -> "ClusterSandbox":
+        """Raises ProvisionFailed, BoundaryLost, ClusterError; what was made until then goes with the cluster."""
+        mine = ref.model_copy(update={"kind": BoundaryKind.NAMESPACE, "variant": RUNTIME_CLASS})
+        nodes = self._await_node(cancelled)
+        listener = Listener(self.cluster, installation=ref.installation, site=ref.site, image=image)
+        additions, endpoints = Additions(), self.api_endpoints()
+        own_api = Need.KUBERNETES_API in spec.needs
+        if own_api:
+            for manifest in render_own_api(mine, spec, api_endpoints=endpoints):
+                self.cluster.apply(manifest)
+            additions = Additions(
+                walls=render_way_to_api(mine, api_endpoints=endpoints),
+                pod=lambda pod: with_own_api(pod, api_endpoints=endpoints),
+            )
+        tell("making the pod")
+        pod = Opening(cluster=self.cluster, listener=listener).make(
+            spec, mine, image=image, cancelled=cancelled, additions=additions
+        )
+        tell("checking its walls")
+        self._insist(pod, mine, spec, image, nodes, listener, cancelled)
+        environment: Mapping[str, str] = {}
+        if own_api:
+            self._insist_on_own_api(mine, cancelled)
+            made = self.cluster.get("Pod", mine.name, namespace_name(mine))
+            if made is None:
+                raise BoundaryLost("the pod is not there any more")
+            environment = own_api_environment(made, api_endpoints=endpoints)
+        return ClusterSandbox(pod, ref=ref, environment=environment, own_api=own_api)
+
+    def api_endpoints(self) -> Sequence[Endpoint]:
+        """As the cluster says itself. Raises ClusterError."""
+        found = self.cluster.raw("GET", "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices/kubernetes").body
+        ports = [int(port["port"]) for port in found.get("ports") or () if port.get("port")]
+        addresses = [address for one in found.get("endpoints") or () for address in one["addresses"]]
+        return [(address, port) for address in addresses for port in ports]
+
+    def _await_node(self, cancelled: Cancellation) -> Sequence[Manifest]:
+        """-> the nodes, one of them ready and each with the runtime. Raises ProvisionFailed, ClusterError."""
+        deadline = time.monotonic() + _NODE_S
+        while True:
+            nodes = [node for node in self.cluster.list("Node") if is_ready(node)]
+            class_ = self.cluster.get("RuntimeClass", RUNTIME_CLASS)
+            if nodes and class_ is not None and not (faults := handler_faults(class_, nodes)):
+                return nodes
+            if cancelled.is_set():
+                raise ProvisionFailed("cancelled while the cluster's nodes got ready")
+            if time.monotonic() > deadline:
+                why = "; ".join(faults) if nodes and class_ is not None else "no node is ready"
+                raise ProvisionFailed(f"the cluster was not ready within {_NODE_S:g} s: {why}")
+            time.sleep(_LOOK_S)
+
+    def _insist(
+        self, pod: PodSandbox, mine: BoundaryRef, spec: BoundarySpec, image: str, nodes: Sequence[Manifest],
+        listener: Listener, cancelled: Cancellation,
+    ) -> None:  # fmt: skip
+        """Raises ProvisionFailed, BoundaryLost, ClusterError."""
+        _, why_control = together(
+            [
+                lambda: self._until_refused(lambda: refusals(self.cluster, mine, spec, image=image), cancelled),
+                listener.control,
+            ]
+        )
+        why = why_control or kernel(pod, RUNTIME_CLASS, nodes)
+        if why is not None:
+            raise ProvisionFailed(f"the cluster does not keep what it must: {why}")
+
+    def _insist_on_own_api(self, mine: BoundaryRef, cancelled: Cancellation) -> None:
+        """A wall that the scenario's account may not take down: what it may write otherwise says that it is known."""
+        account = f"system:serviceaccount:{namespace_name(mine)}:sandbox"
+        as_scenario = Cluster.from_kubeconfig(self.kubeconfig, acting_as=account)
+        policy = {
+            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+            "metadata": {"name": "canary", "namespace": NAMESPACE}, "spec": {"podSelector": {}},
+        }  # fmt: skip
+        config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "canary", "namespace": NAMESPACE}}
+
+        def tried() -> str | None:
+            try:
+                as_scenario.create(config, dry_run=True)
+            except Denied as error:
+                return f"the scenario may not write what it must: {error}"
+            try:
+                as_scenario.create(policy, dry_run=True)
+            except Denied:
+                return None
+            return "the scenario may write network policies"
+
+        try:
+            self._until_refused(tried, cancelled)
+        finally:
+            as_scenario.close()
+
+    def _until_refused(self, tried: Callable[[], str | None], cancelled: Cancellation) -> None:
+        """Policies are in force moments after they are applied. Raises ProvisionFailed, ClusterError."""
+        deadline = time.monotonic() + _SETTLE_S
+        while (why := tried()) is not None:
+            if cancelled.is_set():
+                raise ProvisionFailed("cancelled while the cluster's policies came into force")
+            if time.monotonic() > deadline:
+                raise ProvisionFailed(f"the cluster does not keep what it must: {why}")
+            time.sleep(_LOOK_S)
+
+
+class ClusterSandbox:
+    """The run's pod, and what its cluster adds to it."""
+
+    def __init__(self, pod: PodSandbox, *, ref: BoundaryRef, environment: Mapping[str, str], own_api: bool) -> None:
+        self._pod, self._ref, self._environment, self._own_api = pod, ref, environment, own_api
+
+    def upload(self, bundle: Bundle) -> None:
+        self._pod.upload(bundle)
+
+    def execute(self, step: StepSpec, *, listener: StepListener | None = None) -> Execution:
+        """What the scenario says of its environment comes first."""
+        told = step.model_copy(update={"env": {**self._environment, **step.env}})
+        return self._pod.execute(told, listener=listener)
+
+    def evidence(self) -> Evidence:
+        """As of a pod (workers/pods/evidence.py), and which cluster it is in; `network` says when the way to that
+        cluster's own API server is open, and no other."""
+        found = self._pod.evidence().model_dump() | {"cluster": f"{self._ref.kind}/{self._ref.variant}"}
+        if self._own_api:
+            found |= {"network": "own-api"}
+        return Evidence.model_validate(found)
+
+    def collect(self, patterns: Sequence[str], *, limits: ArtifactLimits, sink: ArtifactSink) -> Artifacts:
+        return self._pod.collect(patterns, limits=limits, sink=sink)
+
+    def end(self) -> None:
+        """Raises BoundaryLost."""
+        self._pod.end()
