@@ -32,7 +32,9 @@ FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 KUBECONFIG = f"{FOLDER}/kubeconfig"
 _ANNOTATION = f"{PREFIX}kubeconfig"
 _GROUP = re.compile(r"[a-z0-9.-]{1,253}")
-"""It becomes part of an expression, so it has no quotation mark."""
+_PREFIX = re.compile(r"[A-Za-z0-9._:/-]+[/@]")
+"""These become part of expressions, so they have no quotation mark. Parameters would be the other way; a policy that
+does not find its own refuses everybody."""
 _TOKEN_S = 600
 """The shortest that a kubelet asks for; it renews it before its end, and with the pod it is void."""
 _PODS, _PODS_KEPT, _SHARE = 8, 100, 4
@@ -54,6 +56,8 @@ def own_api_cluster(
     if not runtime_class or not groups or not all(map(_GROUP.fullmatch, groups)):
         raise ValueError("a scenario's pods need a runtime class, and the groups of a cluster are names")
     host, port = _first(api_endpoints)
+    if not _PREFIX.fullmatch(image_prefix):
+        raise ValueError(f"{image_prefix!r} is no beginning of an image's name, up to / or @")
     return _filled(
         "own-api/cluster",
         {
