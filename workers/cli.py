@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Sequence
@@ -55,6 +56,13 @@ Kubeconfig = Annotated[
     Path | None, typer.Option(envvar="BLASTDOOR_KUBECONFIG", help="Of a cluster for boundary namespace.")
 ]
 KubeImage = Annotated[str, typer.Option(envvar="BLASTDOOR_KUBE_IMAGE", help="The image of its pods, by digest.")]
+NodeImage = Annotated[
+    str, typer.Option(envvar="BLASTDOOR_KIND_NODE_IMAGE", help="Of boundary cluster/kind, as the engine knows it.")
+]
+DockerHost = Annotated[str, typer.Option(envvar="BLASTDOOR_DOCKER_HOST", help="The container engine's socket.")]
+CapiKubeconfig = Annotated[
+    Path | None, typer.Option(envvar="BLASTDOOR_CAPI_KUBECONFIG", help="Of a management cluster of Cluster API.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")]
 
 
@@ -80,6 +88,9 @@ def doctor(
     runsc: Runsc = Path("/usr/bin/runsc"),
     kubeconfig: Kubeconfig = None,
     kube_image: KubeImage = "",
+    node_image: NodeImage = "",
+    docker_host: DockerHost = NO_CLUSTERS.docker_host,
+    capi_kubeconfig: CapiKubeconfig = None,
     attack: Annotated[
         bool, typer.Option("--attack", help="Play every known attack in each, with its control.")
     ] = False,
@@ -101,6 +112,7 @@ def doctor(
     host = ThisHost(
         state_dir, runtime_dir, runsc, installation=f"doctor{os.getpid()}", site=socket.gethostname(),
         kubeconfig=kubeconfig, kube_image=kube_image,
+        clusters=_clusters(node_image, docker_host, capi_kubeconfig),
     )  # fmt: skip
     if attack:
         _attack(host, as_json=as_json)
@@ -119,6 +131,13 @@ def doctor(
     else:
         _show(rows)
     raise typer.Exit(0 if any(row.available for row in rows) else 3)
+
+
+def _clusters(node_image: str, docker_host: str, capi_kubeconfig: Path | None) -> ClusterChoices:
+    """With the programs that are on the path here."""
+    found = {name: Path(there) for name in ("kind", "docker") if (there := shutil.which(name)) is not None}
+    said = {"node_image": node_image, "docker_host": docker_host, "capi_kubeconfig": capi_kubeconfig}
+    return NO_CLUSTERS.model_copy(update={"provisioners": ("kind", "capi")} | said | found)
 
 
 def _probed(kind: BoundaryKind, host: ThisHost) -> Sequence[Capabilities]:
@@ -192,6 +211,8 @@ def cleanup_local(
     as_json: Json = False,
     kubeconfig: Kubeconfig = None,
     kube_image: KubeImage = "",
+    docker_host: DockerHost = NO_CLUSTERS.docker_host,
+    capi_kubeconfig: CapiKubeconfig = None,
     site: Annotated[str, typer.Option(envvar="BLASTDOOR_SITE", help="As its workers call it; else the host.")] = "",
 ) -> None:
     """`blastdoor admin cleanup --local`: of this host, by the labels on it, while the API is down. Needs root.
@@ -210,6 +231,7 @@ def cleanup_local(
         local = open_local(
             state_dir=state_dir, runtime_dir=runtime_dir, runsc=runsc, site=site or socket.gethostname(),
             database_url=database, installation=installation, kubeconfig=kubeconfig, kube_image=kube_image,
+            clusters=_clusters_here(state_dir, docker_host, capi_kubeconfig),
         )  # fmt: skip
     except NoInstallation as error:
         typer.echo(f"blastdoor: {error}", err=True)
@@ -250,6 +272,13 @@ def _show_lines(
         typer.echo("nothing here is in that scope")
     elif not applied:
         typer.echo("a dry run; --apply does it")
+
+
+def _clusters_here(state_dir: Path, docker_host: str, capi_kubeconfig: Path | None) -> ClusterChoices:
+    """Only what this host has made clusters with: an engine that nobody uses need not answer."""
+    choices = _clusters("", docker_host, capi_kubeconfig)
+    made = ("kind",) if (state_dir / "clusters").is_dir() else ()
+    return choices.model_copy(update={"provisioners": (*made, *(("capi",) if capi_kubeconfig is not None else ()))})
 
 
 def _no_driver(kind: BoundaryKind) -> str:

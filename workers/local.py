@@ -164,6 +164,7 @@ def open_local(
     installation: str | None,
     kubeconfig: Path | None = None,
     kube_image: str = "",
+    clusters: ClusterChoices = NO_CLUSTERS,
 ) -> LocalCleanup:
     """`installation`: which one, should the database not say it. Raises NoInstallation."""
     store, why = _reach(database_url, state_dir)
@@ -174,7 +175,7 @@ def open_local(
         raise NoInstallation(f"{why}; say which installation with --installation; {runtime_dir} has: {found}")
     host = Here(
         state_dir=state_dir, runtime_dir=runtime_dir, runsc=runsc, installation=known, site=site,
-        kubeconfig=kubeconfig, kube_image=kube_image,
+        kubeconfig=kubeconfig, kube_image=kube_image, clusters=clusters,
     )  # fmt: skip
     return LocalCleanup(store, why, {kind: load(kind, host) for kind in DRIVERS}, known)
 

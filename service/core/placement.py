@@ -178,9 +178,11 @@ def require(tenant: Tenant, controls: AppliedControls, policy: Policy) -> tuple[
         raise_to("control_plane", ControlPlane.DEDICATED, "isolation dedicated-cluster")
     if Need.KUBERNETES_API in controls.needs:
         raise_to("control_plane", ControlPlane.DEDICATED, "the code needs a Kubernetes API")
+        abilities.append(Need.KUBERNETES_API.value)
     if Need.PRIVILEGED in controls.needs:
         raise_to("kernel", Kernel.DEDICATED, "the code needs privileges")
         raise_to("control_plane", ControlPlane.ISOLATED, "the code needs privileges")
+        abilities.append(Need.PRIVILEGED.value)
     if controls.network.mode == "allow":
         abilities.append("egress-allow-list")
         why.append("network allow: capability egress-allow-list")

@@ -29,7 +29,8 @@ UNTRUSTED = make_tenant()
 
 
 def offered(*boundaries: str, **more: Any) -> list[Capabilities]:
-    return [make_capabilities(boundary=boundary, **more) for boundary in boundaries or BOUNDARIES]
+    able = {"abilities": frozenset({"kubernetes-api", "privileged"})} | more
+    return [make_capabilities(boundary=boundary, **able) for boundary in boundaries or BOUNDARIES]
 
 
 def place(tenant: Tenant, *boundaries: str, policy: Policy | None = None, **asked: Any) -> Placement:
@@ -104,6 +105,15 @@ def test_a_tenant_with_affinity_goes_to_its_own_node_group_where_there_is_one(tr
     with pytest.raises(PlacementRefused) as refusal:
         choose(tenant, controls, Policy(), offered(boundary.split("+")[0], node_groups=frozenset({"other"})))
     assert "no live worker has a node in group gpu that is kept for it" in str(refusal.value.extra["candidates"])
+
+
+@pytest.mark.parametrize(("need", "boundary"), [("privileged", "cluster/capi"), ("kubernetes-api", "cluster/kind")])
+def test_a_guarantee_is_not_yet_what_the_code_needs(need: str, boundary: str) -> None:
+    tenant, missing = TRUSTED, {"boundary": boundary, "missing": f"capability {need}"}
+    with pytest.raises(PlacementRefused) as refusal:
+        choose(tenant, make_controls(tenant=tenant, needs=[need]), Policy(), offered(boundary, abilities=frozenset()))
+    assert missing in refusal.value.extra["candidates"]
+    assert place(tenant, boundary, needs=[need]).boundary == boundary
 
 
 def test_kind_never_satisfies_privileges_whatever_else_is_asked() -> None:

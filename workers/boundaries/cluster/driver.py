@@ -37,6 +37,7 @@ from workers.pods.render import hashed
 log = structlog.get_logger()
 
 GIVES = frozenset({Need.KUBERNETES_API})
+_NO_MANAGEMENT = "a management cluster of Cluster API: BLASTDOOR_CAPI_KUBECONFIG names one"
 _NO_IMAGES = "images of its runtimes, by digest: BLASTDOOR_CLUSTER_IMAGES names them, or BLASTDOOR_KUBE_IMAGE the one"
 
 
@@ -49,9 +50,11 @@ class ClusterBoundary:
 
     def __init__(
         self, *, installation: str, site: str, images: Mapping[str, str], provisioners: Sequence[Provisioner],
-        standby: Standby | None = None, tell: Tell = _silent,
+        standby: Standby | None = None, tell: Tell = _silent, without: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        """`images`: of each runtime, by digest; `standby`: of the provisioner for kind."""
+        """`images`: of each runtime, by digest; `standby`: of the provisioner for kind; `without`: variants that cannot
+        even be asked what they lack, and why."""
+        self._without = without or {}
         self._installation, self._site, self._images = installation, site, images
         self._provisioners = {one.variant: one for one in provisioners}
         self._standby, self._tell = standby, tell
@@ -62,10 +65,10 @@ class ClusterBoundary:
         choices = host.clusters
         images = dict(choices.images) or ({"default": host.kube_image} if host.kube_image else {})
         state = host.state_dir.absolute() / "clusters" / hashed(host.site)[:12]
-        made = [_made(variant, host, choices, state) for variant in choices.provisioners]
-        kind = next((one for one in made if isinstance(one, KindProvisioner)), None)
+        made = {variant: _made(variant, host, choices, state) for variant in choices.provisioners}
+        kind = made.get("kind")
         standby = None
-        if kind is not None and images:
+        if isinstance(kind, KindProvisioner) and images:
             standby = Standby(
                 kind,
                 wanted=choices.standby,
@@ -74,7 +77,8 @@ class ClusterBoundary:
             )
         return cls(
             installation=host.installation, site=host.site, images=images, standby=standby,
-            provisioners=[one for one in made if one is not None],
+            provisioners=[one for one in made.values() if one is not None],
+            without={variant: _NO_MANAGEMENT for variant, one in made.items() if one is None},
         )  # fmt: skip
 
     @property
@@ -101,7 +105,11 @@ class ClusterBoundary:
     def probe(self) -> Sequence[Capabilities]:
         """What a cluster needs that would be made now. What the cluster itself enforces is found out in each, before
         its run's first step: one that only shows it would take half a minute of this host."""
-        return [self._row(one) for one in self._provisioners.values()]
+        rows = [self._row(one) for one in self._provisioners.values()]
+        return rows + [
+            Capabilities(boundary=f"{BoundaryKind.CLUSTER}/{variant}", available=False, missing=(why,))
+            for variant, why in self._without.items()
+        ]
 
     def _row(self, provisioner: Provisioner) -> Capabilities:
         missing = [*provisioner.lacks()]
