@@ -160,8 +160,10 @@ WARNING: Overriding docker network due to KIND_EXPERIMENTAL_DOCKER_NETWORK
  • Starting control-plane 🕹️  ...
  ✗ Starting control-plane 🕹️
 Deleted nodes: ["bd-1-control-plane"]
-ERROR: failed to create cluster: failed to init node with kubeadm: command "docker exec" failed: exit status 1
+ERROR: failed to create cluster: failed to init node with kubeadm: command "docker exec -i x" failed: exit status 1
 Command Output: I1123 20:00:00.000000     119 initconfiguration.go:261] loading configuration
+error: error execution phase wait-control-plane: the API server is not healthy
+To see the stack trace of this error execute with --v=5 or higher
 
 Stack Trace:
 sigs.k8s.io/kind/pkg/errors.WithStack
@@ -173,8 +175,26 @@ def test_what_kind_is_about_to_do_is_said_in_plain_words() -> None:
     assert steps == ["ensuring node image", "preparing nodes", "writing configuration", "starting control-plane"]
 
 
-def test_why_kind_failed_is_one_line() -> None:
-    assert reason_of(SAID).startswith("failed to create cluster: failed to init node with kubeadm")
+REFUSED = """\
+Creating cluster "bd-1" ...
+ERROR: failed to create cluster: command "docker run --name bd-1-control-plane -e A=b sha256:0123" failed with error: exit status 127
+
+Command Output: abfb5e1b5503
+docker: Error response from daemon: unable to start container process: no such file or directory
+
+Run 'docker run --help' for more information
+"""  # noqa: E501
+
+
+def test_why_kind_failed_is_what_it_tried_and_what_was_complained_of() -> None:
+    assert reason_of(REFUSED) == (
+        "failed to create cluster: `docker run` failed with error: exit status 127: docker: Error response from "
+        "daemon: unable to start container process: no such file or directory"
+    )
+    assert reason_of(SAID) == (
+        "failed to create cluster: failed to init node with kubeadm: `docker exec` failed: exit status 1: "
+        "error: error execution phase wait-control-plane: the API server is not healthy"
+    )
     assert reason_of("something\nelse\n\n") == "else"
     assert reason_of("") == "it did not say why"
-    assert len(reason_of("ERROR: " + "x" * 9999)) == 500
+    assert len(reason_of("ERROR: " + "x" * 9999 + "\nerror: " + "y" * 9999)) == 602

@@ -32,6 +32,7 @@ _NAME = re.compile(r"bd-([0-9a-f]{32})-f([0-9]{1,18})")
 _NETWORK = re.compile(r"(bd-[0-9a-f]{32}-f[0-9]{1,18})\.([A-Za-z0-9_-]{1,64})")
 _INSTALLATION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _RUN_ID = re.compile(r"run_[0-9a-f]{32}")
+_COMPLAINT = re.compile(r"\b(error|failed|unable|cannot)\b.*:", re.IGNORECASE)
 _PATCHES = ("kubeadm", "kubelet")
 _CONTAINERD = ("containerd-v2", "containerd-v3")
 _OUTSIDE_PODS = 256 * 2**20
@@ -155,10 +156,14 @@ def step_of(line: str) -> str | None:
 
 
 def reason_of(said: str) -> str:
-    """Why kind failed, from the last that it said: one line of at most 500 characters."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return (errors or lines or ["it did not say why"])[0 if errors else -1][:500]
+    """Why kind failed, from the last that it said: what it tried, and the last complaint of the program that it tried
+    it with; at most 600 characters."""
+    lines = [line.strip() for line in said.partition("\nStack Trace:")[0].splitlines() if line.strip()]
+    tried = next((line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")), "")
+    complaints = [line for line in lines if _COMPLAINT.search(line) and not line.startswith("ERROR: ")]
+    last = complaints[-1] if complaints else "" if tried else (lines or ["it did not say why"])[-1]
+    tried = re.sub(r'command "(\S+ \S+) [^"]*"', r"`\1`", tried)
+    return ": ".join(part[:300] for part in (tried, last) if part)
 
 
 def _template(name: str) -> Manifest:
