@@ -77,7 +77,7 @@ class CPart:
     program: str
 
 
-_VERSION_FLAGS = " ".join(
+VERSION_FLAGS = " ".join(
     f"-X k8s.io/component-base/version.{name}={value}"
     for name, value in {
         "gitVersion": f"v{KUBERNETES}",
@@ -86,8 +86,10 @@ _VERSION_FLAGS = " ".join(
     }.items()
 )
 
+Recipes = tuple[GoPart | DebianPart | CPart, ...]
+
 # The quick ones first: what cannot be had shows early.
-PARTS: tuple[GoPart | DebianPart | CPart, ...] = (
+PARTS: Recipes = (
     DebianPart("busybox", ("busybox-static",)),
     DebianPart("runc", ("runc", "libseccomp2")),
     DebianPart(
@@ -139,7 +141,7 @@ PARTS: tuple[GoPart | DebianPart | CPart, ...] = (
             "kube-controller-manager": "cmd/kube-controller-manager",
             "kube-apiserver": "cmd/kube-apiserver",
         },
-        ldflags=_VERSION_FLAGS,
+        ldflags=VERSION_FLAGS,
         staging=f"v0.{KUBERNETES.split('.', 1)[1]}",
     ),
     CPart("pause", "k8s.io/kubernetes", KUBERNETES, "build/pause/linux/pause.c", "pause"),
@@ -183,24 +185,24 @@ def cache() -> Path:
     return Path(base).expanduser() / "blastdoor-lab"
 
 
-def missing() -> list[str]:
+def missing(parts: Recipes = PARTS) -> list[str]:
     """The names of the parts that are not built yet."""
-    return [part.name for part in PARTS if not _folder(part).is_dir()]
+    return [part.name for part in parts if not _folder(part).is_dir()]
 
 
-def build(say: Say) -> Parts:
+def build(say: Say, parts: Recipes = PARTS) -> Parts:
     """-> all parts, those that are missing built first, at the lowest priority; GOMAXPROCS limits the cores it takes.
 
     One process builds, any other waits for it. Raises NoParts when one cannot be had.
     """
-    if missing():
+    if missing(parts):
         with one_at_a_time("build"):
-            _build_missing(say)
-    return Parts({part.name: _folder(part) for part in PARTS})
+            _build_missing(say, parts)
+    return Parts({part.name: _folder(part) for part in parts})
 
 
-def _build_missing(say: Say) -> None:
-    todo = [part for part in PARTS if not _folder(part).is_dir()]
+def _build_missing(say: Say, parts: Recipes) -> None:
+    todo = [part for part in parts if not _folder(part).is_dir()]
     if not todo:  # another process was quicker
         return
     if (free := shutil.disk_usage(cache()).free) < BUILD_TAKES:

@@ -193,11 +193,14 @@ def follow(client: httpx.Client, kind: str, news: "queue.SimpleQueue[tuple[str, 
     """Lists one kind and watches it, for ever; a watch that ends, for whatever reason, begins with a fresh list."""
     while True:
         try:
-            listed = client.get(WATCHED[kind]).raise_for_status().json()
+            answer = client.get(WATCHED[kind])
+            answer.raise_for_status()  # by itself: in a node of kind httpx is an old one, where this returns nothing
+            listed = answer.json()
             news.put((kind, "LISTED", listed["items"]))
             since = {"watch": "true", "resourceVersion": listed["metadata"]["resourceVersion"]}
             with client.stream("GET", WATCHED[kind], params=since, timeout=None) as stream:
-                for line in stream.raise_for_status().iter_lines():
+                stream.raise_for_status()
+                for line in stream.iter_lines():
                     event = json.loads(line)
                     if event["type"] == "ERROR":
                         break
