@@ -189,13 +189,11 @@ def definition(group: str = "example.com", *, plural: str = "widgets", **spec: A
     return make("CustomResourceDefinition", "apiextensions.k8s.io/v1", f"{plural}.{group}", None, spec=values)
 
 
-def unwalled(admin: Cluster) -> None:
-    """Makes the namespace for controls: with objects of the same names, and no wall."""
-    admin.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": OPEN}})
-    for name in ("default",):
-        eventually(lambda name=name: admin.get("ServiceAccount", name, OPEN) is not None)
-
-
 def quietly(ask: Callable[[], object]) -> None:
     with suppress(ClusterError):
         ask()
+
+
+def own_api_policies(own: Own, kind: str, name: str) -> list[Manifest]:
+    made = _cluster_wide(own.admin, own.endpoints)
+    return [one for one in made if (one["kind"], one["metadata"]["name"]) == (kind, name)]
