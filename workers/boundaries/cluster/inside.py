@@ -33,7 +33,7 @@ from service.core.controls import Need
 from service.core.errors import BoundaryLost, ProvisionFailed
 from workers.boundaries.cluster.provisioners import Tell
 from workers.kube import Cluster, Denied, Manifest, together
-from workers.kube.install import Choices, wanted
+from workers.kube.install import ENGINE, Choices, wanted
 from workers.pods.checks import handler_faults, kernel, refusals
 from workers.pods.listener import Listener
 from workers.pods.nodes import is_ready
@@ -83,31 +83,35 @@ def get_ready(kubeconfig: Path, images: Mapping[str, str], *, cancelled: Cancell
 
 @dataclass(frozen=True, kw_only=True)
 class Inside:
-    """A cluster as its administrator has it."""
+    """A cluster as its administrator has it, and as the engine: that is who makes pods of ours, here as elsewhere, and
+    whom the admission policies know. `prefix`: what its images begin with."""
 
     kubeconfig: Path
-    cluster: Cluster
+    admin: Cluster
+    engine: Cluster
     prefix: str
 
     @classmethod
     def of_ready(cls, kubeconfig: Path, images: Mapping[str, str]) -> "Inside":
         """One in which `install` has been done. Raises ClusterError."""
         return cls(
-            kubeconfig=kubeconfig, cluster=Cluster.from_kubeconfig(kubeconfig), prefix=common_prefix(images.values())
-        )
+            kubeconfig=kubeconfig, admin=Cluster.from_kubeconfig(kubeconfig), prefix=common_prefix(images.values()),
+            engine=Cluster.from_kubeconfig(kubeconfig, acting_as=ENGINE),
+        )  # fmt: skip
 
     def close(self) -> None:
-        self.cluster.close()
+        self.engine.close()
+        self.admin.close()
 
     def install(self, cancelled: Cancellation) -> None:
         """Raises ProvisionFailed, ClusterError."""
-        groups = [one["name"] for one in self.cluster.raw("GET", "/apis").body["groups"]]
+        groups = [one["name"] for one in self.admin.raw("GET", "/apis").body["groups"]]
         for manifest in wanted(Choices(image_prefix=self.prefix, pool={}, own_api=True)):
-            self.cluster.apply(manifest)
+            self.admin.apply(manifest)
         for manifest in own_api_cluster(
             groups, image_prefix=self.prefix, runtime_class=RUNTIME_CLASS, api_endpoints=self.api_endpoints()
         ):
-            self.cluster.apply(manifest)
+            self.admin.apply(manifest)
         self._await_node(cancelled)
 
     def open(
@@ -116,18 +120,18 @@ class Inside:
         """Raises ProvisionFailed, BoundaryLost, ClusterError; what was made until then goes with the cluster."""
         mine = ref.model_copy(update={"kind": BoundaryKind.NAMESPACE, "variant": RUNTIME_CLASS})
         nodes = self._await_node(cancelled)
-        listener = Listener(self.cluster, installation=ref.installation, site=ref.site, image=image)
+        listener = Listener(self.engine, installation=ref.installation, site=ref.site, image=image)
         additions, endpoints = Additions(), self.api_endpoints()
         own_api = Need.KUBERNETES_API in spec.needs
         if own_api:
             for manifest in render_own_api(mine, spec, api_endpoints=endpoints):
-                self.cluster.apply(manifest)
+                self.admin.apply(manifest)
             additions = Additions(
                 walls=render_way_to_api(mine, api_endpoints=endpoints),
                 pod=lambda pod: with_own_api(pod, api_endpoints=endpoints),
             )
         tell("making the pod")
-        pod = Opening(cluster=self.cluster, listener=listener).make(
+        pod = Opening(cluster=self.engine, listener=listener).make(
             spec, mine, image=image, cancelled=cancelled, additions=additions
         )
         tell("checking its walls")
@@ -135,7 +139,7 @@ class Inside:
         environment: Mapping[str, str] = {}
         if own_api:
             self._insist_on_own_api(mine, cancelled)
-            made = self.cluster.get("Pod", mine.name, namespace_name(mine))
+            made = self.engine.get("Pod", mine.name, namespace_name(mine))
             if made is None:
                 raise BoundaryLost("the pod is not there any more")
             environment = own_api_environment(made, api_endpoints=endpoints)
@@ -143,7 +147,7 @@ class Inside:
 
     def api_endpoints(self) -> Sequence[Endpoint]:
         """As the cluster says itself. Raises ClusterError."""
-        found = self.cluster.raw("GET", "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices/kubernetes").body
+        found = self.admin.raw("GET", "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices/kubernetes").body
         ports = [int(port["port"]) for port in found.get("ports") or () if port.get("port")]
         addresses = [address for one in found.get("endpoints") or () for address in one["addresses"]]
         return [(address, port) for address in addresses for port in ports]
@@ -152,8 +156,8 @@ class Inside:
         """-> the nodes, one of them ready and each with the runtime. Raises ProvisionFailed, ClusterError."""
         deadline = time.monotonic() + _NODE_S
         while True:
-            nodes = [node for node in self.cluster.list("Node") if is_ready(node)]
-            class_ = self.cluster.get("RuntimeClass", RUNTIME_CLASS)
+            nodes = [node for node in self.admin.list("Node") if is_ready(node)]
+            class_ = self.admin.get("RuntimeClass", RUNTIME_CLASS)
             if nodes and class_ is not None and not (faults := handler_faults(class_, nodes)):
                 return nodes
             if cancelled.is_set():
@@ -170,7 +174,7 @@ class Inside:
         """Raises ProvisionFailed, BoundaryLost, ClusterError."""
         _, why_control = together(
             [
-                lambda: self._until_refused(lambda: refusals(self.cluster, mine, spec, image=image), cancelled),
+                lambda: self._until_refused(lambda: refusals(self.engine, mine, spec, image=image), cancelled),
                 listener.control,
             ]
         )
