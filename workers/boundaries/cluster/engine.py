@@ -84,7 +84,7 @@ class Engine:
             "LC_ALL": "C",
         }
 
-    def about(self, *, within_s: float = _ANSWER_S) -> About:
+    def about(self, *, within_s: float | None = None) -> About:
         """Raises EngineFailed."""
         said = self._ask("info", "--format={{json .}}", within_s=within_s)
         try:
@@ -96,7 +96,7 @@ class Engine:
             raise EngineFailed(f"the engine at {self.host} did not say what it is") from error
         return About(version=str(version), cgroup_v1=cgroups == "1", memory_bytes=int(memory))
 
-    def image(self, name: str, *, within_s: float = _ANSWER_S) -> Image | None:
+    def image(self, name: str, *, within_s: float | None = None) -> Image | None:
         """-> None when the engine does not have it. Raises EngineFailed."""
         try:
             (found,) = json.loads(self._ask("image", "inspect", name, within_s=within_s))
@@ -163,11 +163,11 @@ class Engine:
             if not _ABSENT.search(error.detail):
                 raise
 
-    def _ask(self, *words: str, within_s: float = _ANSWER_S, some_absent: bool = False) -> str:
+    def _ask(self, *words: str, within_s: float | None = None, some_absent: bool = False) -> str:
         """-> what it printed. `some_absent`: of several things asked for, some may be gone. Raises EngineFailed."""
         try:
             ended = run(
-                [str(self.docker), *words], env=self.environment, timeout_s=within_s, max_output=_MAX_OUTPUT,
+                [str(self.docker), *words], env=self.environment, timeout_s=within_s or _ANSWER_S, max_output=_MAX_OUTPUT,
                 cwd=Path("/"),
             )  # fmt: skip
         except ProcessFailed as error:

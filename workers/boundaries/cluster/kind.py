@@ -49,6 +49,7 @@ log = structlog.get_logger()
 
 PATIENCE_S = 30.0
 """A run that just ended may still have its cluster: for so long its place is waited for."""
+_PATIENT_S = 20.0
 _CREATE_S = 300.0
 _CLEAR_S = 20.0
 _CLEAR_AGAIN_S = 1.0
@@ -125,7 +126,7 @@ class KindProvisioner:
         self.accept(ref)
         if cancelled.is_set():
             raise ProvisionFailed("not wanted any more, before anything was made")
-        if missing := [*self.lacks(), *memory_lacks()]:
+        if missing := [*lacks(self._needs, within_s=_PATIENT_S), *memory_lacks()]:
             raise ProvisionFailed("this host cannot make a cluster now: " + "; ".join(missing))
         try:
             self._places.make()

@@ -16,7 +16,8 @@ INOTIFY_INSTANCES, INOTIFY_WATCHES = 48, 8192
 the kubelet in the node fails half-way, and does not say why (kind.sigs.k8s.io, "Known Issues": too many open files)."""
 LEAST_BYTES = 2**30
 """Of memory that nobody uses, to begin a cluster: an empty one takes two thirds of it."""
-_BRIEF_S = 5.0
+BRIEF_S = 5.0
+"""For questions that are asked all the time: usually a few tenths of a second."""
 _VERSION = re.compile(r"\bv(\d+)\.(\d+)\.(\d+)\S*")
 _INOTIFY = Path("/proc/sys/fs/inotify")
 
@@ -31,8 +32,9 @@ class Needs:
     inotify: Path = _INOTIFY
 
 
-def lacks(needs: Needs) -> Sequence[str]:
-    return tuple(_lacks(needs))
+def lacks(needs: Needs, *, within_s: float = BRIEF_S) -> Sequence[str]:
+    """`within_s`: what does not answer by then counts as absent."""
+    return tuple(_lacks(needs, within_s=within_s))
 
 
 def memory_lacks(meminfo: Path = Path("/proc/meminfo")) -> Sequence[str]:
@@ -47,11 +49,11 @@ def memory_lacks(meminfo: Path = Path("/proc/meminfo")) -> Sequence[str]:
 def versions(needs: Needs) -> Mapping[str, str]:
     """Of what is there."""
     found = {}
-    if (kind := _kind_version(needs.kind)) is not None:
+    if (kind := _kind_version(needs.kind, within_s=BRIEF_S)) is not None:
         found["kind"] = ".".join(map(str, kind))
     try:
-        found["engine"] = needs.engine.about(within_s=_BRIEF_S).version
-        if (image := needs.engine.image(needs.node_image, within_s=_BRIEF_S)) is not None:
+        found["engine"] = needs.engine.about(within_s=BRIEF_S).version
+        if (image := needs.engine.image(needs.node_image, within_s=BRIEF_S)) is not None:
             found["node_image"] = image.id
     except EngineFailed:
         pass  # what is not known is left out
@@ -74,8 +76,8 @@ def inotify_lacks(*, instances: int, watches: int, clusters: int) -> Sequence[st
     return faults
 
 
-def _lacks(needs: Needs) -> Iterator[str]:
-    version = _kind_version(needs.kind)
+def _lacks(needs: Needs, *, within_s: float) -> Iterator[str]:
+    version = _kind_version(needs.kind, within_s=within_s)
     since = ".".join(map(str, KIND_SINCE))
     if version is None:
         yield f"kind at {needs.kind}: install {since} or later (kind.sigs.k8s.io)"
@@ -89,13 +91,13 @@ def _lacks(needs: Needs) -> Iterator[str]:
     elif needs.engine.docker.name != "docker":
         yield f"docker's command by its own name: kind looks for `docker` beside {needs.engine.docker}"
     else:
-        yield from _engine_lacks(needs)
+        yield from _engine_lacks(needs, within_s=within_s)
 
 
-def _engine_lacks(needs: Needs) -> Iterator[str]:
+def _engine_lacks(needs: Needs, *, within_s: float) -> Iterator[str]:
     try:
-        about = needs.engine.about(within_s=_BRIEF_S)
-        image = needs.engine.image(needs.node_image, within_s=_BRIEF_S) if needs.node_image else None
+        about = needs.engine.about(within_s=within_s)
+        image = needs.engine.image(needs.node_image, within_s=within_s) if needs.node_image else None
     except EngineFailed as error:
         yield f"a container engine that answers ({error}): start it, and let this user reach its socket"
         return
@@ -126,9 +128,9 @@ def _inotify_lacks(needs: Needs) -> Sequence[str]:
     return inotify_lacks(instances=instances, watches=watches, clusters=needs.max_clusters)
 
 
-def _kind_version(kind: Path) -> tuple[int, ...] | None:
+def _kind_version(kind: Path, *, within_s: float) -> tuple[int, ...] | None:
     try:
-        found = _VERSION.search(run([str(kind), "version"], timeout_s=_BRIEF_S).text)
+        found = _VERSION.search(run([str(kind), "version"], timeout_s=within_s).text)
     except ProcessFailed:
         return None
     return tuple(int(part) for part in found.groups()) if found else None
