@@ -30,7 +30,8 @@ class Engine:
     docker: Path
     kind: Path
     node_image: str
-    """For `kind create cluster --image`; empty while it is being built."""
+    """For `kind create cluster --image`; empty while it is being made."""
+    parts: Parts
     lab: Lab
     """Holds the engine's first process and its cgroups."""
 
@@ -60,6 +61,10 @@ class Engine:
         if done.returncode != 0:
             raise NoLab(f"{program.name} {' '.join(arguments)}: {done.stderr.decode(errors='replace').strip()}")
         return done.stdout.decode(errors="replace")
+
+    @property
+    def kubectl(self) -> Path:
+        return self.parts.program("kubectl")
 
     def quit(self) -> None:
         """Ends it, and leaves its folder."""
@@ -94,7 +99,7 @@ def down(state: Path) -> None:
 
 
 def engine_of(lab: Lab, parts: Parts, node_image: str) -> Engine:
-    return Engine(lab.state, parts.program("docker"), parts.program("kind"), node_image, lab)
+    return Engine(lab.state, parts.program("docker"), parts.program("kind"), node_image, parts, lab)
 
 
 def _start(lab: Lab, parts: Parts, node: Node | None, *, with_us: bool) -> Engine:

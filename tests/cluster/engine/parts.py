@@ -75,18 +75,21 @@ def folder(part: LaterPart) -> Path:
 
 def missing() -> list[str]:
     later = [] if folder(DOCKER).is_dir() else [DOCKER.name]
-    return [*lab.missing(), *lab.missing(PARTS), *later]
+    return [*later, *lab.missing((*lab.PARTS, *PARTS))]
 
 
 def build(say: Say) -> lab.Parts:
-    """-> the parts of the lab and those of the engine. Raises NoParts when one cannot be had."""
+    """-> the parts of the lab and those of the engine, which are built together since they have most sources in common.
+
+    Raises NoParts when one cannot be had.
+    """
     if not folder(DOCKER).is_dir():
         with lab.one_at_a_time("build"):
             if not folder(DOCKER).is_dir():
                 say(f"{DOCKER.name} {DOCKER.version}")
                 _unpack(DOCKER)
-    found = lab.build(say).folders | lab.build(say, PARTS).folders | {DOCKER.name: folder(DOCKER)}
-    return lab.Parts(found)
+    built = lab.build(say, (*lab.PARTS, *PARTS))
+    return lab.Parts({**built.folders, DOCKER.name: folder(DOCKER)})
 
 
 def base(say: Say) -> Path:

@@ -5,6 +5,7 @@ records, which are small, each engine copies; the layer, which is not, each sees
 """
 
 import hashlib
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -49,6 +50,8 @@ def _recipe(parts: Parts) -> str:
 
 
 def _make(node: Node, parts: Parts, say: Say) -> None:
+    for left in cache().glob(".kind-node-*"):  # by one that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=cache(), prefix=".kind-node-") as folder:
         scratch = Path(folder)
         root = scratch / "root"
