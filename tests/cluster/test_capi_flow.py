@@ -1,6 +1,7 @@
 """Cluster API's way to a cluster, against a real API server with its own resource definitions. Who makes machines is
 played (`capi_provider.py`); what the engine asks, may, sees and leaves is real."""
 
+import base64
 import json
 import os
 import signal
@@ -24,8 +25,10 @@ from service.core.boundary import BoundaryKind, BoundaryRef
 from service.core.errors import BoundaryError, NotYetDestroyed, ProvisionFailed
 from service.core.ids import new_run_id
 from tests.cluster.capi_provider import Conduct, Provider, install, provider
-from tests.cluster.lab.definitions import CORE, DEVELOPMENT, definitions
+from tests.cluster.lab.definitions import CORE, DEVELOPMENT, Definitions, definitions
+from tests.cluster.lab.outside import Lab
 from tests.cluster.lab.parts import NoParts
+from tests.cluster.namespaces import GIVEN
 from tests.cluster.pods import eventually
 from tests.sandboxes import Never
 from tests.summary import ran
@@ -78,28 +81,36 @@ class Site:
     def folder(self, ref: BoundaryRef) -> Path:
         return self.provisioner.host.state / "clusters" / ref.name
 
-    def gone(self, ref: BoundaryRef) -> None:
-        """Destroyed, however often it takes, and nothing left of it."""
+    def gone_of(self, ref: BoundaryRef) -> None:
+        """Destroyed, however often it takes."""
         deadline = time.monotonic() + 90
         while True:
             try:
-                self.provisioner.destroy(ref)
-                break
+                return self.provisioner.destroy(ref)
             except NotYetDestroyed:
                 assert time.monotonic() < deadline
+
+    def gone(self, ref: BoundaryRef) -> None:
+        """Destroyed, and nothing left in the namespace."""
+        self.gone_of(ref)
         assert self.provider.left() == []
         assert list(self.provisioner.discover()) == []
         assert not self.folder(ref).exists()
+
+
+def defined(*of: Definitions) -> list[Manifest]:
+    """Where they cannot be had, a skip."""
+    try:
+        return [one for each in of for one in definitions(each, print)]
+    except NoParts as why:
+        pytest.skip(f"no definitions of Cluster API: {why}")
 
 
 @pytest.fixture(scope="module")
 def management(kubeconfig: Path) -> Iterator[Cluster]:
     """With Cluster API's definitions, and no controller of it."""
     admin = Cluster.from_kubeconfig(kubeconfig)
-    try:
-        install(admin, [*definitions(CORE, print), *definitions(DEVELOPMENT, print)])
-    except NoParts as why:
-        pytest.skip(f"no definitions of Cluster API: {why}")
+    install(admin, defined(CORE, DEVELOPMENT))
     ran("boundary", "cluster/capi (its providers are played)")
     yield admin
     admin.close()
@@ -163,8 +174,6 @@ def engine(admin: Cluster, namespace: str, path: Path, *, rights: tuple[str, ...
 
 
 def kubeconfig_with(admin: Cluster, token: str) -> str:
-    import base64
-
     assert admin.authority is not None
     cluster = {"server": admin.server, "certificate-authority-data": base64.b64encode(admin.authority).decode()}
     return json.dumps(
@@ -244,10 +253,10 @@ def test_a_cluster_that_comes_late_is_waited_for(site: Site) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"stages": 3}, r"within 4 s the cluster is not ready: WorkersAvailable: Waiting: \* WorkersAvailable: no"),
-        ({"stages": 0}, r"within 4 s the cluster is not ready: InfrastructureReady"),
-        ({"stale": True}, "within 4 s the cluster is not ready: no condition Available yet"),
-        ({"kubeconfig": None}, "within 4 s the cluster is ready, but there is no secret bd-.*-kubeconfig"),
+        ({"stages": 3}, r"after 4 s the cluster is not ready: WorkersAvailable: Waiting: \* WorkersAvailable: no"),
+        ({"stages": 0}, r"after 4 s the cluster is not ready: InfrastructureReady"),
+        ({"stale": True}, "after 4 s the cluster is not ready: no condition Available yet"),
+        ({"kubeconfig": None}, "after 4 s the cluster is ready, but there is no secret bd-.*-kubeconfig"),
         ({"kubeconfig": GARBAGE}, "cannot be used: it holds no kubeconfig"),
         ({"failure": "no machines of this size"}, "will not come: CreateError: no machines of this size"),
         ({"vanishes": True}, "deleted while it is being made|was deleted while it was being made"),
@@ -360,6 +369,57 @@ def test_a_place_alone_is_found_and_freed(site: Site) -> None:
     site.gone(ref)
 
 
+# --- A management cluster that is away --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(request: pytest.FixtureRequest) -> Lab:
+    """The lab that is the management cluster: one that was given is not ours to stop."""
+    if any(os.environ.get(variable) for variable in GIVEN):
+        pytest.skip("stops an API server: only the lab's own")
+    lab: Lab = request.getfixturevalue("lab")
+    return lab
+
+
+@contextmanager
+def away(lab: Lab) -> Iterator[None]:
+    """Its API server answers nobody, as one does that is overloaded or cut off."""
+    pid = lab.pid("kube-apiserver")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_management_cluster_that_is_away_for_a_while_ends_no_making(site: Site, own: Lab) -> None:
+    site.conduct.stages, ref = 3, site.ref()
+    with ThreadPoolExecutor(1) as threads:
+        making = threads.submit(site.create, ref)
+        eventually(lambda: "its control plane is there" in site.told)
+        with away(own):
+            time.sleep(16)  # longer than one answer and all patience of one question
+            assert not making.done()
+        site.conduct.stages = 5
+        assert making.result(timeout=90).exists()
+    site.gone(ref)
+
+
+def test_what_cannot_be_asked_is_neither_there_nor_gone(site: Site, own: Lab) -> None:
+    ref = site.ref()
+    site.create(ref)
+    with away(own):
+        with pytest.raises(NotYetDestroyed):
+            site.provisioner.destroy(ref)
+        with pytest.raises(ClusterError):
+            list(site.provisioner.discover())
+        (said,) = site.provisioner.lacks()
+        assert said.startswith("a management cluster that answers")
+    eventually(lambda: site.provisioner.lacks() == ())
+    assert [one.name for one in site.provisioner.discover()] == [ref.name]  # the control
+    site.gone(ref)
+
+
 # --- Deletion ---------------------------------------------------------------------------------------------------------
 
 
@@ -434,18 +494,21 @@ def test_no_more_clusters_than_there_are_places_whoever_asks_at_once(site: Site)
 
     def make(at: int) -> str:
         try:
-            provisioners[at].create(refs[at], cancelled=Never(), tell=lambda _: None)
+            provisioners[at].create(refs[at], cancelled=Never(), tell=lambda _: None, patience_s=0)
         except ProvisionFailed as error:
             return str(error)
         return "made"
 
     with ThreadPoolExecutor(6) as threads:
         said = list(threads.map(make, range(6)))
-    assert sorted(said) == ["all 2 places for clusters are taken"] * 4 + ["made"] * 2
+    assert sorted(said) == ["after 0 s there are 2 clusters, and no more are allowed at once"] * 4 + ["made"] * 2
     assert site.provider.most == 2
     made = [ref for ref, word in zip(refs, said, strict=True) if word == "made"]
-    site.provisioner.destroy(made[0])
-    site.create(site.ref())  # the control: a place that is free again is given again
+    with ThreadPoolExecutor(1) as threads:  # the control: a place that is free again goes to who waits for it
+        waits = threads.submit(site.create, site.ref())
+        eventually(lambda: site.told == ["waiting for another cluster to go"])
+        site.gone_of(made[0])
+        assert waits.result(timeout=90).exists()
     for one in provisioners:
         one.close()
 
@@ -453,11 +516,11 @@ def test_no_more_clusters_than_there_are_places_whoever_asks_at_once(site: Site)
 def test_a_cluster_that_is_being_deleted_still_has_its_place(site: Site) -> None:
     site.conduct.lets_go, one = False, site.another(max_clusters=1)
     ref = site.ref()
-    one.create(ref, cancelled=Never(), tell=lambda _: None)
+    one.create(ref, cancelled=Never(), tell=lambda _: None, patience_s=0)
     with pytest.raises(NotYetDestroyed):
         one.destroy(ref)
-    with pytest.raises(ProvisionFailed, match="all 1 places"):
-        one.create(site.ref(), cancelled=Never(), tell=lambda _: None)
+    with pytest.raises(ProvisionFailed, match="there are 1 clusters"):
+        one.create(site.ref(), cancelled=Never(), tell=lambda _: None, patience_s=0)
     one.close()
 
 
@@ -465,10 +528,10 @@ def test_a_cap_that_was_lowered_counts_what_is_there(site: Site) -> None:
     first, second = site.ref(), site.ref()
     site.create(first)
     site.create(second)
-    site.provisioner.destroy(first)  # its place is free, and has a lower number than the other's
+    site.gone_of(first)  # its place is free, and has a lower number than the other's
     one = site.another(max_clusters=1)
-    with pytest.raises(ProvisionFailed, match="all 1 places"):
-        one.create(site.ref(), cancelled=Never(), tell=lambda _: None)
+    with pytest.raises(ProvisionFailed, match="there are 1 clusters"):
+        one.create(site.ref(), cancelled=Never(), tell=lambda _: None, patience_s=0)
     one.close()
 
 

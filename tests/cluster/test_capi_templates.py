@@ -16,7 +16,7 @@ import yaml
 from service.core.boundary import BoundaryKind, BoundaryRef
 from service.core.ids import new_run_id
 from tests.cluster.capi_provider import install
-from tests.cluster.lab.definitions import AWS, GOOGLE, definitions
+from tests.cluster.lab.definitions import AWS, GOOGLE
 from tests.cluster.pods import eventually
 from tests.cluster.test_capi_flow import TEMPLATES, Site, class_of_ours, management, post, site, sites
 from tests.sandboxes import Never
@@ -35,7 +35,7 @@ NOT_TO_BE_HAD = {"TalosControlPlane", "TalosConfigTemplate"}
 @pytest.fixture(scope="module")
 def every(management: Cluster) -> Cluster:
     """With the definitions of the providers that the variants are written for, as far as they are published."""
-    install(management, [*definitions(AWS, print), *definitions(GOOGLE, print)])
+    install(management, defined(AWS, GOOGLE))
     return management
 
 

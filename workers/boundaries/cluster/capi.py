@@ -45,9 +45,11 @@ from workers.kube import PREFIX, Cluster, ClusterError, Manifest, Taken, Unreach
 
 log = structlog.get_logger()
 
+PATIENCE_S = 60.0
+"""A run that finds all places taken waits for so long."""
 _BRIEF_S = 3.0
 _PROBE_S = 0.5
-_POLL_S = 0.5
+_POLL_S, _LONGEST_PAUSE_S = 0.5, 2.0
 _CLEAR_S = 20.0
 _CLEAR_AGAIN_S = 1.0
 _NAMED = 5
@@ -122,26 +124,29 @@ class CapiProvisioner:
 
     # --- Making -------------------------------------------------------------------------------------------------------
 
-    def create(self, ref: BoundaryRef, *, cancelled: Cancellation, tell: Tell) -> Path:
-        if (ref.kind, ref.variant) != (BoundaryKind.CLUSTER, VARIANT) or ref.installation != self._host.installation:
+    def create(self, ref: BoundaryRef, *, cancelled: Cancellation, tell: Tell, patience_s: float = PATIENCE_S) -> Path:
+        """`patience_s`: for so long a place is waited for when all are taken; what is made then has `ready_s`."""
+        if (ref.kind, ref.variant) != (BoundaryKind.CLUSTER, VARIANT):
             raise ProvisionFailed(f"{ref.name} is not for this provisioner")
-        until = _Until(time.monotonic() + self._host.ready_s, self._host.ready_s, cancelled)
-        until.look()
+        if (ref.installation, ref.site) != (self._host.installation, self._host.site):
+            raise ProvisionFailed(f"{ref.name} is not for this installation and site")
+        room = _Until(patience_s, cancelled)
+        room.look()
         try:
             topology = self._topology()
         except TopologyFault as error:
             raise ProvisionFailed(f"no cluster can be made from the topology: {error}") from error
         try:
-            return self._make(ref, topology, until, tell)
+            self._await_place(ref, room, tell)
+            return self._make(ref, topology, _Until(self._host.ready_s, cancelled), tell)
         except BaseException as error:
             with suppress(BoundaryError):  # what is left carries the reference, for the reaper
                 self.destroy(ref)
-            if isinstance(error, ClusterError):
+            if isinstance(error, ClusterError | OSError):
                 raise ProvisionFailed(f"the cluster could not be made: {error}") from error
             raise
 
     def _make(self, ref: BoundaryRef, topology: Sequence[Manifest], until: "_Until", tell: Tell) -> Path:
-        self._take_place(ref)
         management = self._management()
         made: Manifest = {}
         for one in render_cluster(ref, topology, namespace=self._host.namespace):
@@ -156,23 +161,36 @@ class CapiProvisioner:
         path = self._write_kubeconfig(ref, self._await_kubeconfig(ref, until))
         tell("waiting for its API server to answer this host")
         self._await_answer(path, until)
-        self._insist_on(kind, made)  # a deletion from outside may have come meanwhile
-        return path
+        while True:
+            with suppress(Unreachable):
+                self._insist_on(kind, made)  # a deletion from outside may have come meanwhile
+                return path
+            until.pause("the management cluster does not answer")
 
-    def _take_place(self, ref: BoundaryRef) -> None:
-        """Raises ProvisionFailed when all are taken: also those of clusters that are being deleted, whose machines are
-        still there. A setting that was lowered counts what there is, not only names."""
+    def _await_place(self, ref: BoundaryRef, until: "_Until", tell: Tell) -> None:
+        """Raises ProvisionFailed, ClusterError."""
+        told = False
+        while not self._take_place(ref):
+            if not told:
+                tell("waiting for another cluster to go")
+                told = True
+            until.pause(f"there are {self._host.max_clusters} clusters, and no more are allowed at once")
+
+    def _take_place(self, ref: BoundaryRef) -> bool:
+        """Not when all are taken: also those of clusters that are being deleted, whose machines are still there. A
+        setting that was lowered counts what there is, not only names."""
         management = self._management()
         taken = management.list(LEASES, mine(ref.installation, ref.site))
-        if any(is_of(one, ref) for one in taken):
-            return
+        if any(is_of(one, ref) for one in taken):  # by a try whose answer was lost
+            return True
+        names = {one["metadata"]["name"] for one in taken}
         for n in range(self._host.max_clusters if len(taken) < self._host.max_clusters else 0):
-            with suppress(Taken):
-                management.create(LEASES, render_place(ref, n, namespace=self._host.namespace))
-                return
-        if any(is_of(one, ref) for one in management.list(LEASES, mine(ref.installation, ref.site))):
-            return  # the answer to the first of two tries was lost
-        raise ProvisionFailed(f"all {self._host.max_clusters} places for clusters are taken")
+            place = render_place(ref, n, namespace=self._host.namespace)
+            if place["metadata"]["name"] not in names:
+                with suppress(Taken):
+                    management.create(LEASES, place)
+                    return True
+        return False
 
     def _await_ready(self, kind: Resource, made: Manifest, until: "_Until", tell: Tell) -> None:
         told: set[str] = set()
@@ -258,10 +276,11 @@ class CapiProvisioner:
         deadline = time.monotonic() + (_CLEAR_AGAIN_S if ref.name in self._resisted else _CLEAR_S)
         try:
             shutil.rmtree(self._folder(ref), ignore_errors=True)
+            pause = _POLL_S / 2
             while why := self._still_there(ref):
                 if time.monotonic() > deadline:
                     raise NotYetDestroyed(f"{ref.name}: {why}")
-                time.sleep(_POLL_S)
+                time.sleep(pause := min(2 * pause, _LONGEST_PAUSE_S))  # each look is a question for every kind
             if self._folder(ref).exists():
                 raise NotYetDestroyed(f"{ref.name}: {self._folder(ref)} cannot be removed")
         except ClusterError as error:
@@ -331,23 +350,22 @@ class CapiProvisioner:
         return found[1]
 
 
-@dataclass(frozen=True)
 class _Until:
-    """How long a making may take, and whether it is still wanted."""
+    """How long something may take, and whether it is still wanted."""
 
-    deadline: float
-    seconds: float
-    cancelled: Cancellation
+    def __init__(self, seconds: float, cancelled: Cancellation) -> None:
+        self._seconds, self._cancelled = seconds, cancelled
+        self._deadline = time.monotonic() + seconds
 
     def look(self) -> None:
-        if self.cancelled.is_set():
+        if self._cancelled.is_set():
             raise ProvisionFailed("not wanted any more")
 
     def pause(self, why: str) -> None:
         """Raises ProvisionFailed when there is no time left, with what was waited for."""
         self.look()
-        if time.monotonic() > self.deadline:
-            raise ProvisionFailed(f"within {self.seconds:g} s {why}")
+        if time.monotonic() > self._deadline:
+            raise ProvisionFailed(f"after {self._seconds:g} s {why}")
         time.sleep(_POLL_S)
         self.look()
 

@@ -47,14 +47,12 @@ def _lacking_class(management: Management, cluster: Manifest, name: str, namespa
 
 
 def _rights(made: Sequence[Resource], every: Sequence[Resource], namespace: str) -> Sequence[Right]:
-    """Each for a call that `capi.py` makes."""
-    return [
-        *(Right(verb, LEASES.group, LEASES.plural, namespace) for verb in ("create", "get", "list", "delete")),
-        *(Right(verb, "", SECRETS.plural, namespace) for verb in ("get", "list")),
+    """Each once, for a call that `capi.py` makes; what it makes first."""
+    verbs = ("get", "list", "create", "patch", "delete")
+    rights = [
+        *(Right(verb, kind.group, kind.plural, namespace) for kind in reversed(made) for verb in verbs),
+        *(Right(verb, LEASES.group, LEASES.plural, namespace) for verb in ("get", "list", "create", "delete")),
+        *(Right(verb, SECRETS.group, SECRETS.plural, namespace) for verb in ("get", "list")),
         *(Right("list", kind.group, kind.plural, namespace) for kind in every),
-        *(
-            Right(verb, kind.group, kind.plural, namespace)
-            for kind in made
-            for verb in ("get", "create", "patch", "delete")
-        ),
     ]
+    return list(dict.fromkeys(rights))
