@@ -153,7 +153,7 @@ def refusal(ask: Callable[[], object]) -> str:
 
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 CLAIM = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Mi"}}}
-SECURE = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+SECURE = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True}
 
 
 def core(namespace: str = NAMESPACE) -> str:

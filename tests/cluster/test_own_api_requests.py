@@ -77,6 +77,10 @@ def test_the_same_request_is_taken_where_the_walls_are_not(furnished: Own, node:
 _VERBS: list[Right] = [
     *(("impersonate", "", who) for who in ("users", "groups", "serviceaccounts")),
     ("impersonate", "authentication.k8s.io", "userextras"),
+    ("impersonate:user-info", "authentication.k8s.io", "users"),  # 1.35's narrower kinds of it
+    ("impersonate:serviceaccount", "authentication.k8s.io", "serviceaccounts"),
+    ("impersonate-on:user-info:list", "", "pods"),
+    ("impersonate-on:serviceaccount:create", "", "pods"),
     *((verb, _RBAC, what) for verb in ("bind", "escalate") for what in ("roles", "clusterroles")),
     *((verb, "certificates.k8s.io", "signers") for verb in ("approve", "sign", "attest")),
     *((verb, "", "nodes") for verb in ("get", "list", "watch", "create", "update", "patch", "delete")),

@@ -31,13 +31,13 @@ FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 """Where clients look for it by themselves."""
 KUBECONFIG = f"{FOLDER}/kubeconfig"
 _ANNOTATION = f"{PREFIX}kubeconfig"
-_GROUP = re.compile(r"[a-z0-9.-]{1,253}")
+_NAME = re.compile(r"[a-z0-9.-]{1,253}")
 _PREFIX = re.compile(r"[A-Za-z0-9._:/-]+[/@]")
 """These become part of expressions, so they have no quotation mark. Parameters would be the other way; a policy that
 does not find its own refuses everybody."""
 _TOKEN_S = 600
 """The shortest that a kubelet asks for; it renews it before its end, and with the pod it is void."""
-_PODS, _PODS_KEPT, _SHARE = 8, 100, 4
+_PODS, _PODS_KEPT, _SHARE = 8, 24, 4
 """Pods at once, those that have ended as well, and which part of the whole a container has that says nothing."""
 _OVERHEAD_CPU_M, _OVERHEAD_BYTES = 250, 160 * 2**20
 """What a RuntimeClass may add to each pod, the largest that `cluster_templates/runtimeclass` has."""
@@ -53,8 +53,8 @@ def own_api_cluster(
     `groups`: the names of all API groups that the cluster serves now (GET /apis); none is the scenario's to write.
     `runtime_class`: every pod's. Needs Kubernetes 1.36 (MutatingAdmissionPolicy in v1). Raises ValueError.
     """
-    if not runtime_class or not groups or not all(map(_GROUP.fullmatch, groups)):
-        raise ValueError("a scenario's pods need a runtime class, and the groups of a cluster are names")
+    if not groups or not all(map(_NAME.fullmatch, (runtime_class, *groups))):
+        raise ValueError("a scenario's pods need a runtime class, and a cluster's groups and classes have names")
     host, port = _first(api_endpoints)
     if not _PREFIX.fullmatch(image_prefix):
         raise ValueError(f"{image_prefix!r} is no beginning of an image's name, up to / or @")
