@@ -16,9 +16,9 @@ import yaml
 from service.core.boundary import BoundaryKind, BoundaryRef
 from service.core.ids import new_run_id
 from tests.cluster.capi_provider import install
+from tests.cluster.capi_sites import TEMPLATES, Site, class_of_ours, defined, management, post, site, sites
 from tests.cluster.lab.definitions import AWS, GOOGLE
 from tests.cluster.pods import eventually
-from tests.cluster.test_capi_flow import TEMPLATES, Site, class_of_ours, management, post, site, sites
 from tests.sandboxes import Never
 from workers.boundaries.cluster.capi_render import read_topology, render_cluster
 from workers.kube import Cluster, ClusterError, Manifest
