@@ -1,11 +1,14 @@
 """What the tests of kind share: an engine of their own, a worker's host on it, other processes, and what is left."""
 
 import json
+import re
+import secrets
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,8 @@ from workers.boundaries.cluster.kind_places import MARK
 from workers.boundaries.cluster.kind_render import Node
 
 ROOT = Path(__file__).parents[2]
+INSTALLATION = f"t{secrets.token_hex(4)}"
+"""Of this session alone: others may make clusters on this machine at the same time."""
 NODE = Node(memory_bytes=3 * 2**30)
 ALWAYS_THERE = {"bridge", "host", "none"}
 WITHIN_S = 120.0
@@ -41,7 +46,7 @@ class Flag:
         return self.up
 
 
-def ref_of(*, tenant: str = "acme", installation: str = "inst0") -> BoundaryRef:
+def ref_of(*, tenant: str = "acme", installation: str = INSTALLATION) -> BoundaryRef:
     return BoundaryRef(
         installation=installation, kind=BoundaryKind.CLUSTER, variant="kind", site="here", tenant=tenant,
         run_id=new_run_id(), fence=1, expires_at=datetime.now(UTC) + timedelta(minutes=30),
@@ -50,7 +55,7 @@ def ref_of(*, tenant: str = "acme", installation: str = "inst0") -> BoundaryRef:
 
 def provisioner_of(engine: Engine, state: Path, **changed: Any) -> KindProvisioner:
     known = {
-        "installation": "inst0", "site": "here", "state": state, "node_image": engine.node_image, "node": NODE,
+        "installation": INSTALLATION, "site": "here", "state": state, "node_image": engine.node_image, "node": NODE,
         "docker": engine.docker, "docker_host": engine.docker_host, "kind": engine.kind, "max_clusters": 2,
     }  # fmt: skip
     return KindProvisioner(KindHost(**(known | changed)))
@@ -91,14 +96,15 @@ def left(engine: Engine, provisioner: KindProvisioner) -> list[str]:
 
 
 def makers() -> list[int]:
-    """Processes with a mark of ours."""
+    """Processes that make clusters of ours."""
+    mark = re.compile(
+        rb"(^|\0)" + re.escape(f"{MARK}=bd-".encode()) + rb"[^\0]*\." + INSTALLATION.encode() + rb"(\0|$)"
+    )
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"\0{MARK}=bd-".encode() in b"\0" + path.read_bytes():
+        with suppress(OSError):
+            if mark.search(path.read_bytes()):
                 found.append(int(path.parent.name))
-        except OSError:
-            continue
     return found
 
 

@@ -13,7 +13,18 @@ import pytest
 
 from service.core.errors import NotYetDestroyed, ProvisionFailed
 from tests.cluster.engine.outside import Engine
-from tests.cluster.kind_ground import Flag, elsewhere, engine, kinds, left, makers, provisioner_of, ref_of, wait_until
+from tests.cluster.kind_ground import (
+    INSTALLATION,
+    Flag,
+    elsewhere,
+    engine,
+    kinds,
+    left,
+    makers,
+    provisioner_of,
+    ref_of,
+    wait_until,
+)
 from workers.boundaries.cluster.engine import EngineFailed
 from workers.boundaries.cluster.kind import KindProvisioner
 from workers.boundaries.cluster.kind_render import STANDBY, network_name
@@ -189,7 +200,7 @@ def test_a_standby_cluster_is_made_claimed_by_one_process_and_ended_with_its_run
 
 
 def _lose_network_and_directory(kinds: KindProvisioner, engine: Engine, name: str) -> None:
-    network = network_name(name, "inst0")
+    network = network_name(name, INSTALLATION)
     engine.run(engine.docker, "network", "disconnect", "--force", network, f"{name}-control-plane")
     engine.run(engine.docker, "network", "rm", network)
     kinds.places.place(name).remove()

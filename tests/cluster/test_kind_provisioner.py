@@ -15,7 +15,18 @@ import pytest
 from service.core.boundary import BoundaryRef, tenant_hash
 from service.core.errors import ProvisionFailed
 from tests.cluster.engine.outside import Engine
-from tests.cluster.kind_ground import NODE, Flag, api_of, elsewhere, engine, left, provisioner_of, ref_of, wait_until
+from tests.cluster.kind_ground import (
+    INSTALLATION,
+    NODE,
+    Flag,
+    api_of,
+    elsewhere,
+    engine,
+    left,
+    provisioner_of,
+    ref_of,
+    wait_until,
+)
 from workers.boundaries.cluster.kind import KindProvisioner
 from workers.boundaries.cluster.kind_host import INOTIFY_INSTANCES, INOTIFY_WATCHES
 from workers.boundaries.cluster.kind_render import network_name
@@ -71,7 +82,7 @@ def test_its_node_has_nothing_of_the_host_and_is_open_on_loopback_alone(
     assert mounts == {("bind", "/lib/modules", False), ("volume", "/var", True)}, "both are kind's own"
     published = [one for found in container["HostConfig"]["PortBindings"].values() for one in found]
     assert [one["HostIp"] for one in published] == ["127.0.0.1"]
-    network = network_name(made.ref.name, "inst0")
+    network = network_name(made.ref.name, INSTALLATION)
     assert list(container["NetworkSettings"]["Networks"]) == [network]
     (bridge,) = json.loads(engine.run(engine.docker, "network", "inspect", network))
     assert bridge["Options"]["com.docker.network.bridge.enable_ip_masquerade"] == "false"
@@ -146,13 +157,13 @@ def test_another_process_finds_it_by_its_labels(made: Made) -> None:
         made.kinds, "print(json.dumps([one.model_dump(mode='json') for one in there.discover()]))", made.ref
     )
     (ref,) = [BoundaryRef.model_validate(one) for one in found]
-    hashed = made.ref.model_copy(update={"tenant": tenant_hash("inst0", "acme"), "expires_at": ref.expires_at})
+    hashed = made.ref.model_copy(update={"tenant": tenant_hash(INSTALLATION, "acme"), "expires_at": ref.expires_at})
     assert ref == hashed
     assert timedelta(0) <= ref.expires_at - made.ref.expires_at < timedelta(seconds=1)
 
 
 def test_no_more_clusters_than_are_allowed_whoever_asks(made: Made, engine: Engine, tmp_path: Path) -> None:
-    for installation in ("inst0", "inst1"):
+    for installation in (INSTALLATION, "inst1"):
         full = provisioner_of(engine, tmp_path / installation, max_clusters=1, installation=installation)
         told: list[str] = []
         with pytest.raises(ProvisionFailed, match="there are 1 clusters on this host"):

@@ -264,3 +264,12 @@ def test_nobody_claims_for_another_site(world: World) -> None:
     world.keep()
     with pytest.raises(ProvisionFailed, match="not for this installation and site"):
         world.standby.claim(new_ref().model_copy(update={"site": "elsewhere"}))
+
+
+def test_whoever_stops_keeping_them_ends_what_nobody_has(world: World) -> None:
+    world.standby.keep_none()  # before there is anything, not even a directory
+    world.keep(2)
+    run = new_ref()
+    assert world.standby.claim(run)
+    world.standby.keep_none()
+    assert list(world.clusters.discover()) == [run]

@@ -167,8 +167,8 @@ class Engine:
         """-> what it printed. `some_absent`: of several things asked for, some may be gone. Raises EngineFailed."""
         try:
             ended = run(
-                [str(self.docker), *words], env=self.environment, timeout_s=within_s or _ANSWER_S, max_output=_MAX_OUTPUT,
-                cwd=Path("/"),
+                [str(self.docker), *words], env=self.environment, timeout_s=within_s or _ANSWER_S,
+                max_output=_MAX_OUTPUT, cwd=Path("/"),
             )  # fmt: skip
         except ProcessFailed as error:
             raise EngineFailed(f"the engine at {self.host}: {error.detail}") from error

@@ -68,6 +68,8 @@ class Standby:
         """End what is too old, broken or too many, then make one that is missing: half a minute. To be called again and
         again; when another process is at it, nothing is done. After a failure it waits, longer each time. Raises
         EngineFailed, OSError."""
+        if self._wanted == 0 and not self._unclaimed():
+            return
         self._places.make()
         with self._places.locked("standby", wait=False) as alone:
             record = self._record() if alone else None
@@ -82,11 +84,11 @@ class Standby:
 
     def keep_none(self) -> None:
         """End those that nobody has: whoever kept them stops. Raises EngineFailed, OSError."""
-        with self._places.locked("standby") as alone:
-            if alone:
-                self._end_lost()
-                for place in self._unclaimed():
-                    self._end(place, why="nobody keeps it any more")
+        if not self._unclaimed():
+            return
+        with self._places.locked("standby"):
+            for place in self._unclaimed():
+                self._end(place, why="nobody keeps it any more")
 
     def claim(self, ref: BoundaryRef) -> Path | None:
         """-> kubeconfig of a cluster that is this run's from now on, or None when none is ready. The record of it is on
