@@ -15,7 +15,7 @@ demo: root ## Start everything on this machine, run four scenarios and an applic
 	@scripts/setup.sh
 	@$(PYTHON) examples/demo.py $(ARGS)
 
-demo-cluster: root ## Three tenants behind three walls in a Kubernetes cluster (KUBECONFIG and BLASTDOOR_KUBE_IMAGE, else the lab)
+demo-cluster: root ## Three tenants behind three walls in a Kubernetes cluster (KUBECONFIG and BLASTDOOR_KUBE_IMAGE, else the lab), and one in a cluster of its own
 	@scripts/setup.sh
 	@$(PYTHON) examples/demo_cluster.py $(ARGS)
 

@@ -114,8 +114,13 @@ class Demo:
             self.failures.append(f"{name} of an untrusted tenant ran on a shared kernel")
 
     def _destroyed(self, run_id: str) -> dict[str, Any] | None:
-        run: dict[str, Any] = json.loads(blastdoor("runs", "show", run_id, "--json", state=self.state).stdout)
+        run = self.asked("runs", "show", run_id, "--json")
         return run if run["boundary_destroyed_at"] else None
+
+    def asked(self, *arguments: str) -> dict[str, Any]:
+        """What a command with --json prints."""
+        said: dict[str, Any] = json.loads(blastdoor(*arguments, state=self.state).stdout)
+        return said
 
     def show_attacks(self) -> None:
         run = self.runs.get("hostile")
@@ -174,7 +179,7 @@ class Demo:
         left = self.sweeper.look()
         for kind, most in self.sweeper.most.items():
             now = left[kind]
-            print(f"  {kind:<12} {most:>4} at most while it ran, {len(now)} now")
+            say_left(kind, most, len(now))
             if most == 0:
                 self.failures.append(f"the sweep never saw any {kind}, so that it sees none now proves nothing")
             if now:
@@ -280,6 +285,14 @@ def port_of(url: str) -> int:
 
 def title(words: str) -> None:
     print(f"\n== {words}\n", flush=True)
+
+
+def say(line: str) -> None:
+    print(f"  {line}", flush=True)
+
+
+def say_left(kind: str, most: int, now: int) -> None:
+    print(f"  {kind:<12} {most:>4} at most while it ran, {now} now")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""`make demo-cluster`: three tenants submit the same scenario to a platform that makes pods: three walls.
+"""`make demo-cluster`: three tenants submit the same scenario to a platform that makes pods: three walls. Then one
+run in a cluster of its own (`demo_own_cluster.py`).
 
 The cluster is the one that KUBECONFIG names, else the lab of the tests. Everything is done with the `blastdoor`
 command, as a platform engineer would; what is left is looked for on this machine and in the cluster, as it was all the
@@ -24,10 +25,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from examples.demo import BLASTDOOR, Demo, Disappointed, eventually, title
+from examples.demo import BLASTDOOR, Demo, Disappointed, eventually, say, say_left, title
+from examples.demo_own_cluster import show_own_cluster
 from service.cli.printing import visible
-from workers.pods.nodes import GROUP_KEY, TAINT_KEY, groups
+from workers.boundaries.cluster.engine import EngineFailed
 from workers.kube import PREFIX, Cluster, ClusterError
+from workers.pods.nodes import GROUP_KEY, TAINT_KEY, groups
 
 TENANTS = Path(__file__).parent / "tenants"
 WALLS = {"house": "namespace/runc", "acme": "namespace/runc+affinity", "stranger": "namespace/gvisor"}
@@ -38,15 +41,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo-cluster ARGS=", description="Three tenants, three walls.")
     parser.add_argument("--group", default="acme", help="the node group of the tenant with affinity (%(default)s)")
     parser.add_argument("--pool", help="label of the nodes for gVisor, KEY=VALUE, or empty for any; as cluster install")
+    parser.add_argument("--only", choices=("tenants", "own-cluster"), help="one half of it; default: both")
     asked = parser.parse_args()
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="blastdoor-demo-"))
     failures: list[str] = []
     try:
-        with ground(folder, pool=asked.pool) as there:
-            demo = ClusterDemo(folder / "state", failures, there=there, group=asked.group)
-            demo.show()
-    except (Disappointed, ClusterError) as problem:
+        if asked.only != "own-cluster":
+            with ground(folder, pool=asked.pool) as there:
+                demo = ClusterDemo(folder / "state", failures, there=there, group=asked.group)
+                demo.show()
+        if asked.only != "tenants":
+            show_own_cluster(folder, failures, only=asked.only is not None)
+    except (Disappointed, ClusterError, EngineFailed) as problem:
         failures.append(str(problem))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -336,14 +343,6 @@ class Looker:
             if now or not self.most[kind]:
                 failures.append(f"{kind}s in the cluster: {self.most[kind]} seen while it ran, and now {now}")
         self._cluster.close()
-
-
-def say_left(kind: str, most: int, now: int) -> None:
-    print(f"  {kind:<12} {most:>4} at most while it ran, {now} now")
-
-
-def say(line: str) -> None:
-    print(f"  {line}", flush=True)
 
 
 if __name__ == "__main__":
