@@ -40,6 +40,14 @@ __all__ = ["engine"]
 pytestmark = pytest.mark.timeout(1200)
 API_PORT, KUBELET_PORT, PORT = 6443, 10250, 8080
 READY_WITHIN = "--wait=8m"
+PATIENT = """
+kind: InitConfiguration
+timeouts:
+  kubernetesAPICall: 8m0s
+  controlPlaneComponentHealthCheck: 8m0s
+  tlsBootstrap: 8m0s
+"""
+"""For kubeadm: on a machine that is very busy the API server takes longer than its minute to start."""
 RUNTIME_CLASS = {"metadata": {"name": "gvisor"}, "handler": "runsc"}
 SERVER = f"cd /work && echo hello > index.html && exec httpd -f -p {PORT}"
 
@@ -66,12 +74,9 @@ def cluster(engine: Engine, folder: Path) -> Iterator[KindCluster]:
 @contextmanager
 def created(engine: Engine, folder: Path, *, nodes: int = 1) -> Iterator[KindCluster]:
     name = f"t-{secrets.token_hex(3)}"
-    roles = [{"role": "control-plane"}, *({"role": "worker"} for _ in range(nodes - 1))]
-    config = {"kind": "Cluster", "apiVersion": "kind.x-k8s.io/v1alpha4", "nodes": roles}
     path = folder / f"{name}.kubeconfig"
     began = time.monotonic()
-    asked = ("create", "cluster", f"--name={name}", f"--image={engine.node_image}", f"--kubeconfig={path}")
-    engine.run(engine.kind, *asked, READY_WITHIN, "--config=-", input=json.dumps(config).encode())
+    create(engine, name, path, nodes=nodes)
     took = time.monotonic() - began
     try:
         with connect(as_json(engine, path)) as client:
@@ -79,6 +84,17 @@ def created(engine: Engine, folder: Path, *, nodes: int = 1) -> Iterator[KindClu
             yield KindCluster(name, client, took)
     finally:
         engine.run(engine.kind, "delete", "cluster", f"--name={name}", f"--kubeconfig={path}")
+
+
+def create(engine: Engine, name: str, kubeconfig: Path, *, nodes: int = 1) -> None:
+    config = {
+        "kind": "Cluster",
+        "apiVersion": "kind.x-k8s.io/v1alpha4",
+        "nodes": [{"role": "control-plane"}, *({"role": "worker"} for _ in range(nodes - 1))],
+        "kubeadmConfigPatches": [PATIENT, PATIENT.replace("Init", "Join")],
+    }
+    asked = ("create", "cluster", f"--name={name}", f"--image={engine.node_image}", f"--kubeconfig={kubeconfig}")
+    engine.run(engine.kind, *asked, READY_WITHIN, "--config=-", input=json.dumps(config).encode())
 
 
 def as_json(engine: Engine, kubeconfig: Path) -> Path:
@@ -341,9 +357,8 @@ def test_a_killed_engine_leaves_no_process_mount_or_link_and_its_end_leaves_noth
             # Held, so that the number of none of them is given to somebody else's, who would then look like ours.
             held = [os.open(f"/proc/{dockerd}/ns/{kind}", os.O_RDONLY) for kind in ("mnt", "net", "pid")]
             worlds = {os.readlink(f"/proc/self/fd/{world}") for world in held}
-            name = f"--name=k-{secrets.token_hex(3)}"
             kubeconfig = Path(kubeconfigs, "kubeconfig")
-            mine.run(mine.kind, "create", "cluster", name, f"--image={mine.node_image}", f"--kubeconfig={kubeconfig}")
+            create(mine, f"k-{secrets.token_hex(3)}", kubeconfig)
             with connect(as_json(mine, kubeconfig)) as client:
                 port = client.base_url.port
                 assert port
