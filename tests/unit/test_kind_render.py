@@ -62,7 +62,7 @@ def test_all_that_kind_and_the_engine_are_told() -> None:
 
 def test_a_host_with_the_first_control_groups_is_the_only_difference_between_hosts() -> None:
     first, second = documents(rendered(cgroup_v1=True)), documents(rendered())
-    kubelet = first["kubeadmConfigPatches"][1]  # type: ignore[index]
+    kubelet = first["kubeadmConfigPatches"][-1]  # type: ignore[index]
     assert kubelet.pop("failCgroupV1") is False
     assert first == second
 
@@ -75,7 +75,7 @@ def test_nothing_of_the_host_is_mounted_and_nothing_is_open_beyond_loopback() ->
 
 def test_patches_are_of_no_version_that_kind_could_pass_over_without_a_word() -> None:
     cluster = documents(rendered())
-    assert [patch.get("apiVersion") for patch in cluster["kubeadmConfigPatches"]] == [None, None]  # type: ignore[attr-defined]
+    assert [patch.get("apiVersion") for patch in cluster["kubeadmConfigPatches"]] == [None] * 3  # type: ignore[attr-defined]
     by_version = {patch.pop("version"): patch for patch in cluster["containerdConfigPatches"]}  # type: ignore[attr-defined]
     assert by_version.keys() == {2, 3}
     old, new = (str(by_version[version]) for version in (2, 3))
@@ -98,7 +98,7 @@ def test_what_the_configuration_names_in_a_node_is_in_the_node_image() -> None:
 
 
 def test_what_the_node_may_not_have_of_the_host_is_set_aside_for_nobody() -> None:
-    kubelet = documents(rendered())["kubeadmConfigPatches"][1]  # type: ignore[index]
+    kubelet = documents(rendered())["kubeadmConfigPatches"][-1]  # type: ignore[index]
     aside = int(kubelet["systemReserved"]["memory"])
     assert 0 < HOST_BYTES - aside < Node().memory_bytes, "pods get less than the node, whose own programs are in none"
     with pytest.raises(ValueError, match="on a host of"):

@@ -33,7 +33,7 @@ _NETWORK = re.compile(r"(bd-[0-9a-f]{32}-f[0-9]{1,18})\.([A-Za-z0-9_-]{1,64})")
 _INSTALLATION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _RUN_ID = re.compile(r"run_[0-9a-f]{32}")
 _COMPLAINT = re.compile(r"\b(error|failed|unable|cannot)\b.*:", re.IGNORECASE)
-_PATCHES = ("kubeadm", "kubelet")
+_PATCHES = ("kubeadm", "init", "kubelet")
 _CONTAINERD = ("containerd-v2", "containerd-v3")
 _OUTSIDE_PODS = 256 * 2**20
 """Of a node's memory, for its systemd, containerd and kubelet: they are in no pod."""
@@ -131,11 +131,11 @@ def render_config(node: Node, *, host_memory_bytes: int, cgroup_v1: bool) -> str
     reserved = host_memory_bytes - node.memory_bytes + _OUTSIDE_PODS
     if reserved < _OUTSIDE_PODS:
         raise ValueError(f"a node of {node.memory_bytes} bytes on a host of {host_memory_bytes}")
-    cluster, kubeadm, kubelet = (_template(name) for name in ("cluster", *_PATCHES))
+    cluster, kubeadm, init, kubelet = (_template(name) for name in ("cluster", *_PATCHES))
     kubelet = filled(kubelet, {"pod_pids": node.pod_pids, "not_the_nodes": str(reserved)})
     if cgroup_v1:  # else it stays the kubelet's own business to refuse it
         kubelet["failCgroupV1"] = False
-    cluster["kubeadmConfigPatches"] = [yaml.safe_dump(patch, sort_keys=False) for patch in (kubeadm, kubelet)]
+    cluster["kubeadmConfigPatches"] = [yaml.safe_dump(patch, sort_keys=False) for patch in (kubeadm, init, kubelet)]
     cluster["containerdConfigPatches"] = [(FOLDER / "kind" / f"{name}.toml").read_text("utf-8") for name in _CONTAINERD]
     return yaml.safe_dump(cluster, sort_keys=False)
 
