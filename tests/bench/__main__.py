@@ -18,7 +18,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.bench import events, extract, fairness, hooks, limits, namespaces, pods, reaping, scale, speed, upload
+from tests.bench import (
+    clusters,
+    events,
+    extract,
+    fairness,
+    hooks,
+    limits,
+    namespaces,
+    pods,
+    reaping,
+    scale,
+    speed,
+    upload,
+)
 from tests.bench.live import progress
 
 Document = dict[str, Any]
@@ -35,6 +48,7 @@ SECTIONS: Mapping[str, Callable[[Path], Document]] = {
     "reaping": reaping.measure,
     "pods": pods.measure,
     "namespaces": namespaces.measure,
+    "clusters": clusters.measure,
 }
 
 
