@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from tests.cluster.engine.fixture import engine
-from tests.cluster.engine.outside import Engine, down
+from tests.cluster.engine.outside import Engine
 from tests.cluster.engine.rootfs import SHADOWED
 from tests.cluster.engine.run import up
 from tests.cluster.lab import cgroups, images, parts
@@ -369,7 +369,7 @@ def test_a_killed_engine_leaves_no_process_mount_or_link_and_its_end_leaves_noth
             eventually(lambda: kinds(traces(mine.lab, worlds)) == {"cgroup", "folder"})
             eventually(lambda: not is_open(port))
         finally:
-            down(mine.state)
+            mine.end()
         assert traces(mine.lab, worlds) == []
         assert not mine.state.exists()
     assert links() == outer
