@@ -98,7 +98,9 @@ def own(ready: Ready) -> Iterator[Own]:
             admin.apply(manifest)
         for name in (NAMESPACE, namespace_name(ref)):
             eventually(lambda name=name: admin.get("Namespace", name) is None)
-        quietly(lambda: admin.raw("DELETE", f"{CRDS}/rules.{TAKEN}"))
+        for one in admin.raw("GET", CRDS).body["items"]:
+            if one["spec"]["group"] in (TAKEN, "example.com"):
+                admin.raw("DELETE", f"{CRDS}/{one['metadata']['name']}")
         scenario.close()
 
 
