@@ -3,7 +3,7 @@
 No program is built from them. They are kept in the lab's cache, by version, and fetched once.
 """
 
-import shutil
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +41,12 @@ GOOGLE = Definitions("cluster-api-gcp", "sigs.k8s.io/cluster-api-provider-gcp", 
 
 def definitions(of: Definitions, say: Say) -> list[dict[str, Any]]:
     """-> CustomResourceDefinitions. Raises NoParts when they cannot be had."""
-    folder = cache() / f"{of.name}-{of.version}"
+    folder = cache() / f"{of.name}-{of.version}-json"
     if not folder.is_dir():
         with one_at_a_time("definitions"):
             if not folder.is_dir():
                 _fetch(of, folder, say)
-    return [yaml.safe_load(file.read_text()) for file in sorted(folder.glob("*.yaml"))]
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
 def _fetch(of: Definitions, folder: Path, say: Say) -> None:
@@ -58,5 +58,6 @@ def _fetch(of: Definitions, folder: Path, say: Say) -> None:
         module = Path(_module(of.module, of.version, place, toolchain(Path(scratch), say))["Dir"])
         for below in of.folders:
             for file in sorted((module / below).glob("*.yaml")):
-                shutil.copyfile(file, made / file.name)
+                found = yaml.safe_load(file.read_text())  # half a minute for all of them: once is enough
+                (made / f"{file.stem}.json").write_text(json.dumps(found))
         made.rename(folder)
