@@ -235,7 +235,7 @@ class ClusterDemo(Demo):
         """Asks for a place with a scenario that does nothing. -> why there is none."""
         asked = self.command("run", str(TENANTS / "scenario"), "--detach", "--json", tenant="acme")
         if asked.returncode == 0:
-            self.command("cancel", json.loads(asked.stdout)["id"], tenant="acme")
+            self.command("runs", "cancel", json.loads(asked.stdout)["id"], tenant="acme")
             return None
         return asked.stderr or asked.stdout
 
