@@ -15,8 +15,6 @@ from tests.cluster.lab.toolchain import NoParts
 WITHIN_S = 60.0
 ENTRYPOINTS = {"coredns": ["/usr/bin/coredns"], "pause": ["/usr/bin/pause"]}
 """Of those whose manifests name no command."""
-ENVIRONMENTS = {"etcd": ("ETCD_UNSAFE_NO_FSYNC=true",)}
-"""A cluster of tests has nothing to lose, and on a busy disk its leaders would lose their leases."""
 
 
 def wanted(parts: Parts) -> dict[str, str]:
@@ -44,13 +42,7 @@ def fill(root: Path, parts: Parts, pause: str) -> None:
             else:
                 shutil.copy(parts.program(program), tree / "usr/bin")
             archive = scratch / f"{program}.tar"
-            images.write_image(
-                archive,
-                name,
-                _layer(tree),
-                entrypoint=ENTRYPOINTS.get(program),
-                environment=ENVIRONMENTS.get(program, ()),
-            )
+            images.write_image(archive, name, _layer(tree), entrypoint=ENTRYPOINTS.get(program))
         images.write_busybox(scratch / "busybox.tar", parts.program("busybox"))
         _import(root, parts, sorted(scratch.glob("*.tar")), scratch)
 

@@ -6,7 +6,7 @@ import io
 import json
 import subprocess
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +52,13 @@ def write_tree(archive: Path, name: str, root: Path, *, command: list[str] | Non
 
 
 def write_image(
-    archive: Path,
-    name: str,
-    layer: bytes,
-    *,
-    entrypoint: list[str] | None = None,
-    command: list[str] | None = None,
-    environment: Sequence[str] = (),
+    archive: Path, name: str, layer: bytes, *, entrypoint: list[str] | None = None, command: list[str] | None = None
 ) -> None:
     """An OCI archive with one image of one layer; `layer` is an uncompressed tar."""
     config = {
         "architecture": "amd64",
         "os": "linux",
-        "config": {"Env": ["PATH=/usr/bin:/bin", *environment], "Entrypoint": entrypoint, "Cmd": command},
+        "config": {"Env": ["PATH=/usr/bin:/bin"], "Entrypoint": entrypoint, "Cmd": command},
         "rootfs": {"type": "layers", "diff_ids": [_digest(layer)]},
     }
     packed = gzip.compress(layer, compresslevel=1, mtime=0)
