@@ -223,7 +223,7 @@ OF_THE_NAMESPACE: dict[str, Attack] = {
     "an ephemeral container": Attack("kinds: ", "PUT", f"{_N}/pods/{POD}/ephemeralcontainers", _in(
         "Pod", "v1", POD, spec=template()["spec"] | {"ephemeralContainers": [
             {"name": "debug", "image": "blastdoor.test/any@sha256:" + "0" * 64, "securityContext": {
-                "runAsNonRoot": True, "runAsUser": 1, "allowPrivilegeEscalation": False,
+                "runAsNonRoot": True, "runAsUser": 1, "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
                 "capabilities": {"drop": ["ALL"]}, "seccompProfile": {"type": "RuntimeDefault"}}}]})),
     "a pod grown": Attack("kinds: ", "PUT", f"{_N}/pods/{POD}/resize", _in(
         "Pod", "v1", POD, spec=template()["spec"]), taken=False),

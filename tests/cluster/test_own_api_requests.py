@@ -171,3 +171,23 @@ def test_a_token_for_the_runs_account_is_the_kubelets_to_ask_for(furnished: Own,
     body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"audiences": []}}
     assert "contents: " in refusal(lambda: furnished.admin.raw("POST", where, body=body))
     assert "cannot create" in refusal(lambda: furnished.scenario.raw("POST", where, body=body))
+
+
+def test_a_scenario_that_fills_its_cluster_with_pods_is_stopped_by_the_quota(furnished: Own) -> None:
+    """None of them runs: they count all the same. Where there is no such quota every one is taken."""
+    nowhere = {"nodeSelector": {"no.such/node": "x"}}
+    for namespace, who in ((NAMESPACE, furnished.scenario), (OPEN, furnished.admin)):
+        asks = [customer_pod(f"one-of-many-{n}", namespace, **nowhere) for n in range(12)]
+        said = [refusal(lambda who=who, pod=pod: who.create(pod)) for pod in asks]
+        assert ("exceeded quota: blastdoor" in said[-1]) == (namespace == NAMESPACE), said[-1]
+        assert said[0] == ""
+        for n in range(12):
+            furnished.admin.delete("Pod", f"one-of-many-{n}", namespace, grace_s=0)
+
+
+def test_no_container_is_larger_than_the_run(furnished: Own) -> None:
+    large = customer_pod("large")
+    large["spec"]["containers"][0]["resources"] = {"limits": {"memory": "8Gi"}}
+    assert "maximum memory usage per Container" in refusal(lambda: furnished.scenario.create(large, dry_run=True))
+    large["spec"]["containers"][0]["resources"] = {"limits": {"memory": "512Mi"}}
+    assert refusal(lambda: furnished.scenario.create(large, dry_run=True)) == ""
