@@ -147,12 +147,11 @@ def image(
 
     Example:  blastdoor cluster image ./rootfs --name registry.example/blastdoor/run --output run.tar
 
-    Status 0: written; 2: this cannot be an image.
+    Status 0: written; 2: this cannot be an image, and a FILE that was there is as it was.
     """
     try:
         typer.echo(pack(rootfs, name, output))
     except (ImageRefused, OSError) as error:
-        output.unlink(missing_ok=True)
         typer.echo(f"blastdoor: {error}", err=True)
         raise typer.Exit(2) from error
 
