@@ -294,7 +294,7 @@ def facts(run: dict[str, Any]) -> dict[str, str]:
         "PodSecurity": evidence["namespace"]["pod_security"],
         "network": f"{evidence['network']}; shut for this pod after {policy['shut_after_s']:.2f} s",
         "user": str(evidence["uid"]),
-        "memory, cpu": f"{int(evidence['limits']['memory']) // 2**20} MiB, {evidence['limits']['cpu']}",
+        "memory, cpu": f"{evidence['limits']['memory_bytes'] // 2**20} MiB, {evidence['limits']['cpu']:g}",
         "outcome": f"{run['outcome']} in {run['usage']['wall_s']:.2f} s",
     }
 

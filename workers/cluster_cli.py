@@ -5,6 +5,7 @@ They come with a kubeconfig of somebody who may do everything there; workers com
 
 import base64
 import json
+import re
 import secrets
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from service.core.boundary import NO_CLUSTERS, BoundaryKind, ClusterChoices
-from workers.kube import Cluster, ClusterError
+from workers.kube import Cluster, ClusterError, NoKubeconfig, Unreachable
 from workers.kube.check import Row, State, check, matrix
 from workers.kube.install import ENGINE, MAX_S, POOL, Choices, wanted
 from workers.pods.image import ImageRefused, pack
@@ -29,6 +30,8 @@ from workers.registry import Warmable, load
 cluster = typer.Typer(no_args_is_help=True, help="A Kubernetes cluster that sandboxes are made in.")
 _COLOURS = {State.ENFORCED: "green", State.PRESENT: "green", State.UNTRIED: "yellow", State.DIFFERS: "yellow"}
 _PROBED_WITHIN_S = 3600
+_PATIENCE_S = 15.0
+"""With an API server that is away: somebody sits and waits."""
 _WIDE = 200
 """Columns, where nobody looks at a terminal."""
 
@@ -49,6 +52,7 @@ Pool = Annotated[
     str, typer.Option(metavar="KEY=VALUE", help="Label of the nodes for gVisor's sandboxes; empty: any node.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")]
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 _POOL = ",".join(f"{key}={value}" for key, value in POOL.items())
 
 
@@ -75,14 +79,14 @@ def install(
     """
     choices = _choices(image, engine, max_seconds, pool)
     try:
-        asked = Cluster.from_kubeconfig(kubeconfig)
+        asked = Cluster.from_kubeconfig(kubeconfig, patience_s=_PATIENCE_S)
         for manifest in wanted(choices):
             if dry_run and manifest["metadata"].get("namespace") == "blastdoor-system":
                 continue  # a dry run makes no namespace for it to be in
             asked.apply(manifest, dry_run=dry_run)
             typer.echo(f"{manifest['kind']} {manifest['metadata']['name']}")
     except ClusterError as error:
-        raise _ended(f"the cluster was not made ready: {error}") from error
+        raise _ended("the cluster was not made ready", error, kubeconfig) from error
 
 
 @cluster.command("check")
@@ -103,11 +107,12 @@ def check_(
     """
     choices = _choices(image, engine, max_seconds, pool)
     try:
-        admin = Cluster.from_kubeconfig(kubeconfig)
-        rows = check(admin, Cluster.from_kubeconfig(kubeconfig, acting_as=choices.engine), choices)
+        admin = Cluster.from_kubeconfig(kubeconfig, patience_s=_PATIENCE_S)
+        engine_ = Cluster.from_kubeconfig(kubeconfig, patience_s=_PATIENCE_S, acting_as=choices.engine)
+        rows = check(admin, engine_, choices)
         rows += _with_pods(admin, image, choices)
     except ClusterError as error:
-        raise _ended(f"the cluster could not be checked: {error}") from error
+        raise _ended("the cluster could not be checked", error, kubeconfig) from error
     if as_json:
         shown = [{"defence": row.defence, "state": str(row.state), "detail": row.detail} for row in rows]
         typer.echo(json.dumps({"defences": shown}))
@@ -126,10 +131,10 @@ def kubeconfig_(
     For a service account of blastdoor-system; with another kind of user, `install --engine`, you have its kubeconfig.
     """
     try:
-        admin = Cluster.from_kubeconfig(kubeconfig)
+        admin = Cluster.from_kubeconfig(kubeconfig, patience_s=_PATIENCE_S)
         typer.echo(json.dumps(engine_kubeconfig(admin, seconds=hours * 3600), indent=1))
     except ClusterError as error:
-        raise _ended(f"no token for the engine: {error}") from error
+        raise _ended("no token for the engine", error, kubeconfig) from error
 
 
 @cluster.command()
@@ -147,12 +152,11 @@ def image(
 
     Example:  blastdoor cluster image ./rootfs --name registry.example/blastdoor/run --output run.tar
 
-    Status 0: written; 2: this cannot be an image.
+    Status 0: written; 2: this cannot be an image, and a FILE that was there is as it was.
     """
     try:
         typer.echo(pack(rootfs, name, output))
     except (ImageRefused, OSError) as error:
-        output.unlink(missing_ok=True)
         typer.echo(f"blastdoor: {error}", err=True)
         raise typer.Exit(2) from error
 
@@ -213,8 +217,10 @@ def _with_pods(admin: Cluster, image: str, choices: Choices) -> Iterator[Row]:
 
 
 def _choices(image: str, engine: str, max_seconds: int, pool: str) -> Choices:
-    name, at, _ = image.partition("@")
+    name, at, digest = image.partition("@")
     try:
+        if not name or not (image.endswith("/") or _DIGEST.fullmatch(digest)):
+            raise ValueError(f"--image: {image!r}: should be NAME@sha256:DIGEST (64 hexadecimal digits), or end in /")
         return Choices(image_prefix=name + at, engine=engine, max_s=max_seconds, pool=_labels(pool))
     except ValueError as error:
         typer.echo(f"blastdoor: {error}", err=True)
@@ -226,12 +232,17 @@ def _labels(text: str) -> Mapping[str, str]:
         return {}
     key, equals, value = text.partition("=")
     if not (key and equals and value):
-        raise ValueError(f"a pool is KEY=VALUE: {text!r}")
+        raise ValueError(f"--pool: {text!r}: should be KEY=VALUE, a label of the nodes, or empty for any node")
     return {key: value}
 
 
-def _ended(said: str) -> typer.Exit:
-    typer.echo(f"blastdoor: {said}", err=True)
+def _ended(what: str, error: ClusterError, kubeconfig: Path) -> typer.Exit:
+    if isinstance(error, NoKubeconfig):
+        typer.echo(f"blastdoor: --kubeconfig: {error}", err=True)
+        return typer.Exit(2)
+    silent = isinstance(error, Unreachable) and error.status == 0
+    why = f"the API server that {kubeconfig} names does not answer: {error}" if silent else str(error)
+    typer.echo(f"blastdoor: {what}: {why}", err=True)
     return typer.Exit(3)
 
 

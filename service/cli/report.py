@@ -120,7 +120,5 @@ def _evidence(evidence: Mapping[str, Any]) -> Iterator[str]:
     for name, value in evidence["limits"].items():
         if name.endswith("_bytes"):
             yield f"{name.removesuffix('_bytes')} <= {bytes_text(value)}"
-        elif name != "cpu" and str(value).isdigit() and isinstance(value, str):  # a quantity of Kubernetes
-            yield f"{name} <= {bytes_text(int(value))}"
         else:
             yield f"{name} <= {value}"

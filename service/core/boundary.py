@@ -120,6 +120,10 @@ class Share(_Frozen):
     limits: Limits = PLATFORM_CEILINGS
 
 
+STANDBY_TENANT = "_standby"
+"""Of boundaries that are kept ready and are nobody's yet."""
+
+
 class ClusterChoices(_Frozen):
     """How boundary `cluster` makes its clusters. `provisioners`: those to be offered, `kind` and `capi`; `images`: of
     each runtime the image, by digest; `archives`: OCI archives with those images that a node of kind does not have;

@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict
 
-from service.core.boundary import BoundaryRef
+from service.core.boundary import STANDBY_TENANT, BoundaryRef
 from service.core.lease import LeaseView, gone
 
 KILL_GRACE = timedelta(seconds=3)
@@ -178,7 +178,7 @@ def _planned(row: InventoryRow, *, force: bool, silent: bool) -> PlannedAction:
         return PlannedAction(ref=ref, action=ActionKind.DESTROY, why=_why(row, silent=silent))
     held = f"somebody acts on {ref.run_id} under fence {ref.fence}"
     if ref.fence == 0:
-        held = "a worker is trying out its wall"
+        held = "it is kept ready for a run" if ref.tenant == STANDBY_TENANT else "a worker is trying out its wall"
     if force:
         return PlannedAction(ref=ref, action=ActionKind.KILL, why=f"{held}; it is forced")
     return PlannedAction(ref=ref, action=ActionKind.REFUSE, why=f"{held}; say force to end it")

@@ -54,7 +54,7 @@ class Site:
 
 @pytest.fixture(scope="session")
 def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Import it where it is used. Of a cluster that is given, else the lab: kind has no gVisor."""
+    """Of a cluster that is given, else the lab: kind has no gVisor."""
     folder = tmp_path_factory.mktemp("site")
     lab: Lab | None = None
     image = os.environ.get(GIVEN_IMAGE, "")

@@ -173,16 +173,72 @@ def test_the_kubeconfig_for_workers_is_the_engines(ready: Ready, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "said"),
     [
-        (["--image", "registry.example/x", "--pool", ""], 2, "does not end in / or @"),
-        (["--image", "x/", "--engine", "it's"], 2, "is no name for a user"),
-        (["--image", "x/", "--pool", "sandboxes"], 2, "a pool is KEY=VALUE"),
-        (["--image", "x/", "--kubeconfig", "/no/such/file"], 3, "cannot be used as a kubeconfig"),
+        (
+            ["--image", "registry.example/x", "--pool", ""],
+            "--image: 'registry.example/x': should be NAME@sha256:DIGEST",
+        ),
+        (["--image", "registry.example/x@sha256:12"], "should be NAME@sha256:DIGEST"),
+        (["--image", ""], "should be NAME@sha256:DIGEST"),
+        (["--image", "x/", "--engine", "it's"], "is no name for a user"),
+        (["--image", "x/", "--pool", "sandboxes"], "--pool: 'sandboxes': should be KEY=VALUE"),
+        (
+            ["--image", "x/", "--kubeconfig", "/no/such/file"],
+            "/no/such/file cannot be used as a kubeconfig: No such file",
+        ),
     ],
 )
-def test_what_cannot_be_meant_is_said(tmp_path: Path, arguments: list[str], status: int, said: str) -> None:
-    nobody = tmp_path / "kubeconfig"
-    nobody.write_text("{}")
-    assert (found := ran("install", "--kubeconfig", str(nobody), *arguments))[0] == status
-    assert said in found[1]
+@pytest.mark.parametrize("command", ["install", "check"])
+def test_what_cannot_be_meant_is_said_in_one_line(
+    tmp_path: Path, command: str, arguments: list[str], said: str
+) -> None:
+    (tmp_path / "kubeconfig").write_text("{}")
+    status, found = ran(command, "--kubeconfig", str(tmp_path / "kubeconfig"), *arguments)
+    assert (status, found.count("\n")) == (2, 1), found
+    assert said in found
+
+
+def _naming(server: str, **more: object) -> str:
+    return json.dumps(
+        {
+            "apiVersion": "v1", "kind": "Config", "current-context": "c", "users": [{"name": "u", "user": {}}],
+            "clusters": [{"name": "c", "cluster": {"server": server}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        } | more
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "it is empty"),
+        ("a: [b", "no YAML: "),
+        ("just words", "it has no clusters"),
+        ("- 1", "it has no clusters"),
+        ("\x00", "no YAML: "),
+        (_naming(""), "its server is no URL such as https://HOST:6443: ''"),
+        (_naming("10.0.0.1:6443"), "its server is no URL"),
+        (_naming("https://127.0.0.1:1", **{"current-context": "another"}), "another"),
+        (_naming("https://127.0.0.1:1", clusters=5), "it has not a kubeconfig's form"),
+    ],
+)
+def test_what_is_no_kubeconfig_is_said_in_one_line_with_its_name(tmp_path: Path, content: str, said: str) -> None:
+    file = tmp_path / "kubeconfig"
+    file.write_text(content)
+    for arguments in (["install", "--image", "x/"], ["check", "--image", "x/"], ["kubeconfig"]):
+        status, found = ran(*arguments, "--kubeconfig", str(file))
+        assert (status, found.count("\n")) == (2, 1), found
+        assert f"blastdoor: --kubeconfig: {file} cannot be used as a kubeconfig: " in found
+        assert said in found
+
+
+def test_a_server_that_nobody_answers_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.cluster_cli._PATIENCE_S", 0.3)
+    file = tmp_path / "kubeconfig"
+    file.write_text(_naming("https://127.0.0.1:1"))
+    for command in ("install", "check"):
+        status, found = ran(command, "--kubeconfig", str(file), "--image", "x/")
+        assert (status, found.count("\n")) == (3, 1), found
+        assert f"the API server that {file} names does not answer: " in found
+        assert "127.0.0.1" in found

@@ -260,7 +260,7 @@ def test_evidence_is_what_stands_in_the_cluster(site: Site, boundary: NamespaceB
     for variant in ("runc", "gvisor"):
         kind = NamespaceKind(boundary, variant)
         ref = kind.ref()
-        with boundary.open(make_spec(memory=96 * MIB), ref, cancelled=Never()) as sandbox:
+        with boundary.open(make_spec(memory=96 * MIB, disk=24 * MIB, cpu=0.25), ref, cancelled=Never()) as sandbox:
             said = sandbox.execute(shell("id -u")).stdout.data
             seen[variant] = evidence = sandbox.evidence().model_dump()
             pod = site.ready.admin.get("Pod", ref.name, namespace_name(ref))
@@ -268,7 +268,8 @@ def test_evidence_is_what_stands_in_the_cluster(site: Site, boundary: NamespaceB
             assert evidence["pod_spec"]["uid"] == pod["metadata"]["uid"]
             assert evidence["uid"] == int(said), "the guest agrees; it was not asked"
         boundary.destroy(ref)
-        assert evidence["limits"]["memory"] == str(96 * MIB)
+        sizes = {"memory_bytes": 96 * MIB, "disk_bytes": 24 * MIB, "cpu": 0.25}
+        assert {name: evidence["limits"][name] for name in sizes} == sizes, evidence["limits"]
         assert evidence["namespace"]["pod_security"] == "restricted v1.34"
         assert evidence["image"].endswith(site.image.rpartition("@")[2])
         assert "blastdoor-pods" in evidence["admission"]

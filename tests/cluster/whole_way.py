@@ -123,7 +123,7 @@ class Ground:
 
 @pytest.fixture(scope="session")
 def ground(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
-    """Import it, and `site`, where it is used. When the stack has ended, nothing of it is in the cluster."""
+    """When the stack has ended, nothing of it is in the cluster."""
     if site.lab is None:
         pytest.skip("only a lab's node can be looked at, and broken on purpose")
     folder = tmp_path_factory.mktemp("ground")

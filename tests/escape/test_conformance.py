@@ -5,7 +5,7 @@ with one defence really missing, where the very same code must say FAILED: a ver
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from workers.boundaries.gvisor import driver
 from workers.boundaries.gvisor.driver import GvisorBoundary
 from workers.boundaries.gvisor.sandbox import GvisorSandbox
 from workers.cli import commands
+from workers.conformance import host
 from workers.conformance.cases import Case
 from workers.conformance.corpus import CASES
 from workers.conformance.run import Arena, Outcome
@@ -125,6 +126,28 @@ def test_a_disk_larger_than_its_limit_fails_the_case_of_the_disk(
 
     monkeypatch.setattr(driver, "mount_tmpfs", generous)
     assert "with a limit of 8388608" in failed(weak[1], "D13") or "did not see" in failed(weak[1], "D13")
+
+
+@pytest.mark.parametrize(("more", "why"), [(50, "149 files stood"), (1000, "300 files stood")])
+def test_a_wall_that_refuses_files_too_late_fails_the_case_of_the_inodes(
+    weak: tuple[GvisorBoundary, Arena], monkeypatch: pytest.MonkeyPatch, more: int, why: str
+) -> None:
+    """With fifty more the host does see the limit being hit: only a wall that ends the run may have that many."""
+    mount = driver.mount_tmpfs
+
+    def generous(at: Path, *, size_bytes: int, inodes: int) -> None:
+        mount(at, size_bytes=size_bytes, inodes=inodes + more)
+
+    monkeypatch.setattr(driver, "mount_tmpfs", generous)
+    assert failed(weak[1], "D14").startswith(why)
+
+
+def test_a_wall_whose_threads_nobody_counts_fails_the_case_of_the_fork_bomb(
+    weak: tuple[GvisorBoundary, Arena], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not taken for a wall of another host, where nobody could."""
+    monkeypatch.setattr(host, "watching_tasks", lambda mark: nullcontext(host.Peak()))
+    assert failed(weak[1], "D11") == "nobody counts the host threads of the boundary"
 
 
 def test_the_hosts_network_in_the_guest_fails_the_case_of_the_hosts_listeners(

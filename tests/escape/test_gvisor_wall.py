@@ -28,7 +28,7 @@ from tests.sandboxes import (
     require_gvisor,
     shell,
 )
-from workers.boundaries.gvisor import control
+from workers.boundaries.gvisor import control, steps
 from workers.boundaries.gvisor.driver import GvisorBoundary
 from workers.runtimes.store import RootFilesystem, RuntimeStore
 
@@ -68,6 +68,10 @@ def sentry(pids: set[int]) -> int:
     return next(pid for pid in sorted(pids) if b"boot" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
 
 
+SLEEPERS = "for i in $(seq 60); do sleep 60 & done"
+"""The shell ends at once when it is refused a process; the others live on."""
+
+
 class TestLimits:
     def test_memory_ends_the_sandbox_and_the_host_saw_why(self, boundary: GvisorBoundary) -> None:
         step = python("b = bytearray(96 << 20)\nfor i in range(0, len(b), 4096): b[i] = 1")
@@ -85,7 +89,7 @@ class TestLimits:
         assert (control_run.exit_code, control_run.limits) == (0, frozenset())
 
     def test_processes_are_refused_and_the_sandbox_lives(self, boundary: GvisorBoundary) -> None:
-        step = shell("for i in $(seq 60); do sleep 1 & done; wait")
+        step = shell(SLEEPERS)
         with opened(boundary, pids=32) as (sandbox, _):
             hit, after = sandbox.execute(step), sandbox.execute(shell("echo alive"))
         control_run = played(boundary, step, pids=128)
@@ -93,6 +97,15 @@ class TestLimits:
         assert hit.exit_code != 0
         assert after.stdout.data == b"alive\n"
         assert (control_run.exit_code, control_run.limits) == (0, frozenset())
+
+    def test_a_step_that_was_refused_a_process_before_anybody_looked_is_known_by_what_it_leaves(
+        self, boundary: GvisorBoundary, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(steps._Play, "_on_processes", lambda *_: None)
+        hit, not_hit = played(boundary, shell(SLEEPERS), pids=32), played(boundary, shell(SLEEPERS), pids=64)
+        monkeypatch.setattr(steps._Play, "_count_leftovers", lambda _: None)
+        unseen = played(boundary, shell(SLEEPERS), pids=32)
+        assert [Limit.PIDS in one.limits for one in (hit, not_hit, unseen)] == [True, False, False]
 
     def test_a_fork_bomb_ends_in_time_and_stays_below_the_host_limit(self, boundary: GvisorBoundary) -> None:
         with opened(boundary, pids=24, memory=256 * MIB) as (sandbox, _):

@@ -1,5 +1,6 @@
 """The image that pods are made of, packed from a root file system."""
 
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from workers.cluster_cli import cluster
+from workers.pods import image
 from workers.pods.image import INIT_BINARY, ImageRefused, pack
 
 NAME = "registry.example:5000/blastdoor/run"
@@ -109,13 +111,45 @@ def test_a_name_is_a_registry_and_a_path(rootfs: Path, tmp_path: Path, name: str
         pack(rootfs, name, tmp_path / "run.tar")
 
 
-def test_the_command_prints_the_name_and_leaves_nothing_of_what_it_refuses(rootfs: Path, tmp_path: Path) -> None:
+def test_the_command_prints_the_name_and_a_refusal_leaves_what_was_there(rootfs: Path, tmp_path: Path) -> None:
     asked = ["image", str(rootfs), "--name", NAME, "--output", str(tmp_path / "run.tar")]
     done = CliRunner().invoke(cluster, asked)
     assert done.exit_code == 0, done.output
     assert done.stdout == f"{pack(rootfs, NAME, tmp_path / 'again.tar')}\n"
+    before = (tmp_path / "run.tar").read_bytes()
+    assert before == (tmp_path / "again.tar").read_bytes()
 
     _fifo(rootfs)
     done = CliRunner().invoke(cluster, asked)
     assert (done.exit_code, "only files" in done.output) == (2, True)
-    assert not (tmp_path / "run.tar").exists()
+    assert (tmp_path / "run.tar").read_bytes() == before
+
+
+def test_a_refusal_writes_no_file(rootfs: Path, tmp_path: Path) -> None:
+    _fifo(rootfs)
+    done = CliRunner().invoke(cluster, ["image", str(rootfs), "--name", NAME, "--output", str(tmp_path / "run.tar")])
+    assert done.exit_code == 2
+    assert os.listdir(tmp_path) == ["rootfs"]
+
+
+def test_an_archive_that_is_only_half_written_does_not_take_the_place_of_a_whole_one(
+    rootfs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(rootfs, NAME, tmp_path / "run.tar")
+    before = (tmp_path / "run.tar").read_bytes()
+
+    def full(digest: str) -> str:
+        assert len(list(tmp_path.glob(".run.tar.*"))) == 1, "it is being written"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(image, "_place", full)
+    (rootfs / "etc/new").touch()
+    with pytest.raises(OSError, match="No space left"):
+        pack(rootfs, NAME, tmp_path / "run.tar")
+    assert (tmp_path / "run.tar").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["rootfs", "run.tar"]
+
+
+def test_an_archive_is_not_a_directory(rootfs: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(cluster, ["image", str(rootfs), "--name", NAME, "--output", str(tmp_path)])
+    assert (done.exit_code, "is a directory" in done.output) == (2, True)

@@ -53,8 +53,8 @@ class Play:
 @dataclass(frozen=True, kw_only=True)
 class Seen:
     """What the host saw of a play. `leaks`: where the tokens had been planted that came out. `left`: what of the
-    boundary is on this host. `grown`: what carries the stage's mark outside of it. `peak_tasks`: None where no control
-    group of this host is the boundary's."""
+    boundary is on this host. `grown`: what carries the stage's mark outside of it. `here`: a control group of this host
+    is the boundary's. `peak_tasks`: its host threads at most; None where nobody could count them."""
 
     play: Play
     execution: Execution
@@ -64,6 +64,7 @@ class Seen:
     heard: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     grown: tuple[str, ...] = ()
+    here: bool = False
     peak_tasks: int | None = None
     neighbour_lives: bool = True
     collect_s: float = 0.0

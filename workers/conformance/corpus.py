@@ -90,7 +90,8 @@ def _processes(seen: Seen) -> str | None:
     """Opened: one of the processes is a child of the attack's own, and a token is in its memory."""
     if not seen.neighbour_lives:
         return "the run beside it was killed"
-    if seen.then is not None and seen.then.exit_code != 0:
+    killed = seen.then.exit_code != 0 if seen.then is not None else not seen.ended_itself
+    if killed:
         return "the sandbox's first process was killed"
     return claims(seen, "ATTACHED") or leaked(seen)
 

@@ -45,7 +45,7 @@ def groups(mark: str) -> list[Path]:
 
 @dataclass
 class Peak:
-    """The highest number of host threads seen. None: no control group of this host has the mark."""
+    """The highest number of host threads seen. None: no control group of this host with the mark counts them."""
 
     tasks: int | None = None
 

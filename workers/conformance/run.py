@@ -155,7 +155,7 @@ class Arena:
         return replace(seen, neighbour_lives=lives, heard=self._stage.ears.take())
 
     def _in_sandbox(self, sandbox: Sandbox, play: Play, ref: BoundaryRef) -> Seen:
-        bounded = play.limits.get("pids") is not None
+        here, bounded = bool(host.groups(ref.name)), play.limits.get("pids") is not None
         with host.watching_tasks(ref.name) if bounded else nullcontext(host.Peak()) as peak:
             execution = sandbox.execute(_step(1, play.argv, play))
         then = sandbox.execute(_step(2, play.then, play)) if play.then and execution.sandbox_alive else None
@@ -173,6 +173,7 @@ class Arena:
             leaks=self._stage.leaks(*printed, *sink.texts),
             left=left,
             grown=grown,
+            here=here,
             peak_tasks=peak.tasks,
             collect_s=collect_s,
         )

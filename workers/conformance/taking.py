@@ -33,6 +33,8 @@ def _bomb(pids: int) -> Make:
 @_case("D11", "a fork bomb", Severity.HOST_DOS, attack=_bomb(PIDS), control=_bomb(4 * PIDS), ends=False)
 def _fork_bomb(seen: Seen) -> str | None:
     """Opened: the limit of processes."""
+    if seen.here and seen.peak_tasks is None:
+        return "nobody counts the host threads of the boundary"
     if seen.peak_tasks is not None and seen.peak_tasks > TASKS:
         return f"{seen.peak_tasks} host threads, more than {TASKS}"
     if seen.execution.ended is Ended.EXITED:
@@ -40,7 +42,9 @@ def _fork_bomb(seen: Seen) -> str | None:
     there = sum(artifact.bytes for artifact in seen.artifacts.kept)  # none of them ends, and each has written a byte
     if there > PIDS:
         return f"{there} processes were there at once, with a limit of {PIDS}"
-    return None if there and seen.peak_tasks is None else not_hit(seen, Limit.PIDS)
+    if there and not seen.here:  # a pod's processes are counted as its step ends, and this one takes all of its time
+        return None
+    return not_hit(seen, Limit.PIDS)
 
 
 MEMORY, BOMB_MIB = 64 * MIB, 215
@@ -104,11 +108,13 @@ def _disk(seen: Seen) -> str | None:
 @_case(
     "D14", "filling the inodes", Severity.HOST_DOS,
     attack=_limited(programs.FILL_INODES, times=1, given={"count": 300}, files=100),
-    control=_limited(programs.FILL_INODES, times=4, given={"count": 300}, files=100),
+    control=_limited(programs.FILL_INODES, times=4, given={"count": 300}, files=100), ends=False,
 )  # fmt: skip
 def _inodes(seen: Seen) -> str | None:
-    """Opened: the limit of files. A wall that cannot refuse a file ends the run that has too many."""
-    if len(seen.artifacts.kept) > 100 and not_hit(seen, Limit.FILES):
+    """Opened: the limit of files."""
+    # A wall that cannot refuse a file ends the run that has too many; one that lets it go on has refused them.
+    ended_for_it = seen.execution.ended is Ended.LIMIT and seen.execution.limits == {Limit.FILES}
+    if len(seen.artifacts.kept) > 100 and not ended_for_it:
         return f"{len(seen.artifacts.kept)} files stood in /work, with a limit of 100"
     return not_hit(seen, Limit.FILES)
 

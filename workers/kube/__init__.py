@@ -5,7 +5,7 @@ it, `exec_.py` speaks to a process in a container.
 """
 
 from workers.kube.cluster import Cluster, together
-from workers.kube.errors import ClusterError, Denied, NotBegun, Taken, Unreachable
+from workers.kube.errors import ClusterError, Denied, NoKubeconfig, NotBegun, Taken, Unreachable
 from workers.kube.exec_ import ExecEnded
 from workers.kube.lint import Admission, pod_faults
 from workers.kube.manifests import PREFIX, Manifest, filled, placeholders, templates
@@ -18,6 +18,7 @@ __all__ = [
     "Denied",
     "ExecEnded",
     "Manifest",
+    "NoKubeconfig",
     "NotBegun",
     "Taken",
     "Unreachable",

@@ -24,7 +24,7 @@ import websocket
 import yaml
 from urllib3.exceptions import HTTPError
 
-from workers.kube.errors import ClusterError, Denied, NotBegun, Taken, Unreachable
+from workers.kube.errors import ClusterError, Denied, NoKubeconfig, NotBegun, Taken, Unreachable
 from workers.kube.manifests import Manifest
 
 if TYPE_CHECKING:
@@ -81,19 +81,43 @@ class Access:
 
     @classmethod
     def read(cls, path: Path) -> "Access":
-        """Of the current context. Raises ClusterError."""
+        """Of the current context. Raises NoKubeconfig, in one line."""
         from kubernetes import client, config  # half a second, for who asks a cluster
 
         configuration = client.Configuration()  # its proxy, the environment's for the world outside, is not used
         # The client writes what is inside to files, and remembers them for all of its process.
         with _loading, tempfile.TemporaryDirectory(prefix="blastdoor-") as keys:
             try:
+                _look_over(yaml.safe_load(path.read_bytes()))
                 config.load_kube_config(
                     str(path), client_configuration=configuration, persist_config=False, temp_file_path=keys
                 )
+                server = urlsplit(configuration.host)
+                if server.scheme not in ("https", "http") or not server.hostname:
+                    raise ValueError(f"its server is no URL such as https://HOST:6443: {configuration.host!r}")
                 return cls.by(configuration)
-            except (config.ConfigException, OSError, ValueError, yaml.YAMLError) as error:
-                raise ClusterError(f"{path} cannot be used as a kubeconfig: {error}") from error
+            except OSError as error:
+                why = error.strerror or str(error)
+                named = f" ({error.filename})" if error.filename not in (None, str(path)) else ""
+                raise NoKubeconfig(f"{path} cannot be used as a kubeconfig: {why}{named}") from error
+            except yaml.YAMLError as error:
+                raise NoKubeconfig(f"{path} cannot be used as a kubeconfig: no YAML: {_one_line(error)}") from error
+            except (config.ConfigException, ClusterError, ValueError) as error:
+                raise NoKubeconfig(f"{path} cannot be used as a kubeconfig: {_one_line(error)}") from error
+            except (AttributeError, KeyError, TypeError) as error:  # the client does not look whether a list is one
+                raise NoKubeconfig(f"{path} cannot be used as a kubeconfig: it has not a kubeconfig's form") from error
+
+
+def _look_over(found: object) -> None:
+    """Raises ValueError."""
+    if found is None:
+        raise ValueError("it is empty")
+    if not isinstance(found, dict) or "clusters" not in found:
+        raise ValueError("it has no clusters, as `kubectl config view` shows them")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 class Connection:

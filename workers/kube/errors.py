@@ -15,6 +15,10 @@ class ClusterError(BoundaryError):
         self.reason = reason
 
 
+class NoKubeconfig(ClusterError):
+    """The file does not lead to an API server; nothing was asked."""
+
+
 class Denied(ClusterError):
     """401 or 403: by RBAC, admission, PodSecurity or a quota; the detail says which."""
 

@@ -6,7 +6,9 @@
     network                   "none" when the namespace's policy lets nothing pass, and our first process in this very
                               pod could not reach the listener that it must not reach
     policy                    that NetworkPolicy's uid, how often the listener was reached before, and for how long
-    limits, uid, pod_spec     the spec of the pod as it was admitted; the digest is of its JSON with sorted keys
+    limits, uid, pod_spec     the pod's spec as it was admitted, amounts as numbers (disk: the volume for the guest's
+                              files; ephemeral storage: what else may lie on its node; seconds: of life); the digest is
+                              of its JSON with sorted keys
     image                     the digest that the node runs (containerStatuses)
     admission                 our ValidatingAdmissionPolicies that are bound to deny
     namespace                 its name and uid, and the PodSecurity standard that is enforced in it
@@ -16,9 +18,12 @@ A probe has shown, at most ten minutes before, that these things do what they sa
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from fractions import Fraction
 from functools import partial
 
 from service.core.boundary import Evidence
@@ -27,6 +32,12 @@ from workers.pods.nodes import kept_for
 from workers.pods.pod import Pod
 
 _OURS = "blastdoor-"
+_QUANTITY = re.compile(r"(\d+\.?\d*(?:[eE][+-]?\d{1,3})?)(|[num]|[kMGTPE]|[KMGTPE]i)", re.ASCII)
+_TIMES = (
+    {suffix: Fraction(1, 1000**n) for n, suffix in enumerate(("", "m", "u", "n"))}
+    | {suffix: Fraction(1000**n) for n, suffix in enumerate("kMGTPE", 1)}
+    | {f"{suffix}i": Fraction(1024**n) for n, suffix in enumerate("KMGTPE", 1)}
+)
 _PSA = "pod-security.kubernetes.io/enforce"
 
 
@@ -60,16 +71,18 @@ def observe(pod: Pod, shut: Shut, *, at: datetime) -> Evidence:
     handler = None
     if runtime_class is not None:
         handler = _there(class_, f"RuntimeClass {runtime_class}")["handler"]
-    container = spec["containers"][0]
+    most = spec["containers"][0]["resources"]["limits"]
     return Evidence(
         runtime=handler or "node default",
         runtime_version=node["containerRuntimeVersion"],
         runtime_sha256=None,
         platform=None,
         network="none" if lets_nothing_pass(policy) else "open",
-        limits=dict(container["resources"]["limits"])
-        | {
-            "scratch": spec["volumes"][0]["emptyDir"]["sizeLimit"],
+        limits={
+            "memory_bytes": math.ceil(amount(most["memory"])),
+            "cpu": amount(most["cpu"]),
+            "disk_bytes": math.ceil(amount(spec["volumes"][0]["emptyDir"]["sizeLimit"])),
+            "ephemeral_storage_bytes": math.ceil(amount(most["ephemeral-storage"])),
             "seconds": spec["activeDeadlineSeconds"],
         },
         uid=spec["securityContext"]["runAsUser"],
@@ -110,6 +123,15 @@ def admission_in_force(cluster: Cluster) -> Sequence[str]:
     there = {one["metadata"]["name"] for one in policies}
     bound = {one["spec"]["policyName"] for one in bindings if "Deny" in one["spec"]["validationActions"]}
     return sorted(name for name in there & bound if name.startswith(_OURS))
+
+
+def amount(quantity: str) -> float:
+    """Of bytes or CPUs, as Kubernetes writes them: "64Mi", "100m", "1e3" (apimachinery, resource.Quantity). An amount
+    below 2**53 is exact. Raises ClusterError."""
+    match = _QUANTITY.fullmatch(quantity)
+    if not match:
+        raise ClusterError(f"{quantity!r} is no quantity")
+    return float(Fraction(match[1]) * _TIMES[match[2]])
 
 
 def digest(spec: Manifest) -> str:

@@ -11,10 +11,12 @@ import json
 import os
 import platform
 import re
+import secrets
 import stat
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,7 +42,8 @@ def pack(rootfs: Path, name: str, archive: Path) -> str:
     """Write an OCI archive of one image -> what BLASTDOOR_KUBE_IMAGE takes: `name`, @, digest.
 
     Everything in it is root's, without set-id bits; a hard link becomes a file; any other kind of entry is refused. It
-    is for this machine's architecture, for which our first process was built. Raises ImageRefused, OSError.
+    is for this machine's architecture, for which our first process was built. Raises ImageRefused, OSError; then what
+    was at `archive` is there still.
     """
     if not _NAME.fullmatch(name):
         raise ImageRefused(f"{name!r} is no name of an image: REGISTRY/PATH, without a tag or digest")
@@ -48,6 +51,8 @@ def pack(rootfs: Path, name: str, archive: Path) -> str:
         raise ImageRefused(f"{rootfs} is no directory")
     if (rootfs / OURS).is_symlink() or (rootfs / OURS).exists():
         raise ImageRefused(f"/{OURS} is there already; that place is ours")
+    if archive.is_dir():
+        raise ImageRefused(f"{archive} is a directory: the archive is a file")
     with tempfile.TemporaryFile(dir=archive.parent) as layer:
         plain, packed = _write_layer(rootfs, layer)
         config = _json(
@@ -71,7 +76,7 @@ def pack(rootfs: Path, name: str, archive: Path) -> str:
         described = _described(manifest, f"{_OCI}.manifest.v1+json")
         described["annotations"] = {"io.containerd.image.name": called}  # beside the image: its digest is not changed
         layer.seek(0)
-        with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:
+        with _renamed_when_whole(archive) as partial, tarfile.open(partial, "x", format=tarfile.PAX_FORMAT) as tar:
             _add(tar, "oci-layout", b'{"imageLayoutVersion": "1.0.0"}')
             _add(tar, "index.json", _json({"schemaVersion": 2, "manifests": [described]}))
             for blob in (config, manifest):
@@ -80,6 +85,17 @@ def pack(rootfs: Path, name: str, archive: Path) -> str:
             entry.size = layer_bytes
             tar.addfile(entry, layer)
     return called
+
+
+@contextmanager
+def _renamed_when_whole(path: Path) -> Iterator[Path]:
+    """What is at `path` already stays until all of the new one is written beside it."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class _Hashed:

@@ -18,7 +18,6 @@ KIND_CLUSTER = "io.x-k8s.kind.cluster"
 _ANSWER_S = 20.0
 _REMOVE_S = 30.0
 _LOAD_S = 120.0
-_LOAD_S = 120.0
 _MAX_OUTPUT = 4 * 2**20
 _ABSENT = re.compile(r"Error response from daemon: (No such (container|object)|network \S+ not found)", re.IGNORECASE)
 """Not to be mixed up with a socket that is not found: then it is the engine that is absent."""

@@ -13,11 +13,11 @@ from datetime import UTC, datetime
 
 import yaml
 
-from service.core.boundary import BoundaryKind, BoundaryRef, tenant_hash
+from service.core.boundary import STANDBY_TENANT, BoundaryKind, BoundaryRef, tenant_hash
 from workers.kube.manifests import FOLDER, Manifest, filled
 
 VARIANT = "kind"
-STANDBY = "_standby"
+STANDBY = STANDBY_TENANT
 """In place of a tenant: no run has it yet."""
 PREFIX = "dev.blastdoor."
 """Of labels on what the engine has (docs.docker.com, "Docker object labels": a domain of ours, backwards)."""

@@ -161,7 +161,9 @@ class _Play:
         except (ControlLost, FileNotFoundError):  # the second: another process has destroyed the boundary
             ended = self._died()
         duration_s = time.monotonic() - started_at
-        if ended is not Ended.EXITED and self._guest.alive:
+        if ended is Ended.EXITED:
+            self._count_leftovers()
+        elif self._guest.alive:
             self._end_leftovers(ended)
         self._drain()
         self._limits |= self._guest.limits_hit()
@@ -306,12 +308,25 @@ class _Play:
         return None
 
     def _count(self, processes: list[GuestProcess]) -> None:
-        mine = [process for process in processes if process.uid == GUEST_UID]
         for process in processes:
             if process.pid == self._pid:
                 self._guest.uid = process.uid
-        if sum(process.threads for process in mine) >= self._guest.pids_limit:
+        self._judge_threads(sum(process.threads for process in processes if process.uid == GUEST_UID))
+
+    def _judge_threads(self, there: int) -> None:
+        if there >= self._guest.pids_limit:
             self._limits.add(Limit.PIDS)
+
+    def _count_leftovers(self) -> None:
+        """A step that was refused a process, and ended over it, may have been faster than any look at it: what it left
+        behind was there beside it. Where that cannot be asked any more, the next step finds out why."""
+        with suppress(ControlLost, ControlRefused, FileNotFoundError):
+            if Limit.PIDS in self._limits or self._guest.group.host_tasks() < self._guest.pids_limit:
+                return
+            with Connection(self._guest.runsc_root_fd) as control:
+                found = control.processes()
+            left = sum(process.threads for process in found if process.uid == GUEST_UID and process.pid != self._pid)
+            self._judge_threads(left + 1)
 
     def _read(self, fd: int) -> None:
         with suppress(BlockingIOError):
