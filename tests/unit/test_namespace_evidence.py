@@ -2,8 +2,8 @@
 
 import pytest
 
-from workers.pods.evidence import amount
 from workers.kube import ClusterError
+from workers.pods.evidence import amount
 
 
 @pytest.mark.parametrize(
