@@ -14,11 +14,15 @@ from pathlib import Path
 
 FOLDERS = ("cluster", "faults", "escape", "e2e", "integration")
 MOST = 3
+TESTS_FAILED = 1
+"""pytest.ExitCode: all was played, and some failed."""
 _LAST_FAILED = Path(".cache/pytest/v/cache/lastfailed")
 
 
-def why_not(failed: Collection[str]) -> str | None:
-    """Why these may not be played again; None when they may."""
+def why_not(failed: Collection[str], *, status: int = TESTS_FAILED) -> str | None:
+    """Why these may not be played again; None when they may. `status`: with which pytest ended."""
+    if status != TESTS_FAILED:
+        return f"pytest ended with status {status}, and did not play everything"
     if not failed:
         return "no test failed by itself"
     if len(failed) > MOST:
@@ -40,7 +44,7 @@ def main() -> int:
     if os.environ.get("CI") != "true":
         return 1
     failed = list(json.loads(_LAST_FAILED.read_text())) if _LAST_FAILED.exists() else []
-    if (why := why_not(failed)) is not None:
+    if (why := why_not(failed, status=int(sys.argv[1]))) is not None:
         _say([f"\nnothing is played again: {why}"])
         return 1
     _say([f"\nplayed again, alone, after a failure: {len(failed)}", *failed])
