@@ -22,13 +22,6 @@ which costs seconds and memory."""
 SKIPS_ALLOWED_IN_CI: frozenset[str] = frozenset()
 
 
-TRIED_AGAIN = ("cluster", "faults", "escape", "e2e", "integration")
-"""Where time is measured and processes are killed beside two other processes that do the same: in CI a test that fails
-there is played once more, and the summary names it. Everywhere else, and at home, a failure is a failure at once."""
-MOST_TRIED_AGAIN = 3
-"""More than so many in one session are no accident: then it has failed."""
-
-
 def pytest_configure(config: pytest.Config) -> None:
     for folder in FOLDERS:
         config.addinivalue_line("markers", folder)
@@ -38,8 +31,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for folder in set(FOLDERS).intersection(_folders(item.path)):
             item.add_marker(folder)
-            if folder in TRIED_AGAIN and _in_ci():
-                item.add_marker(pytest.mark.flaky(reruns=1, reruns_delay=1))
     items.sort(key=lambda item: min((FOLDERS.index(one) for one in _folders(item.path) if one in FOLDERS), default=0))
 
 
@@ -97,8 +88,6 @@ def _in_ci() -> bool:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Tests that ran side by side (pytest-xdist) say it in processes of their own."""
-    if len(_tried_again(session.config)) > MOST_TRIED_AGAIN:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     told: dict[str, object] | None = getattr(session.config, "workeroutput", None)
     if told is not None:
         told["ran"] = summary.taken()
@@ -109,16 +98,7 @@ def pytest_testnodedown(node: Any) -> None:
     summary.add(getattr(node, "workeroutput", {}).get("ran", {}))
 
 
-def _tried_again(config: pytest.Config) -> list[str]:
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    return sorted({report.nodeid for report in reporter.stats.get("rerun", ())}) if reporter is not None else []
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if again := _tried_again(terminalreporter.config):
-        terminalreporter.section(f"played again after a failure: {len(again)}, of which {MOST_TRIED_AGAIN} may be")
-        for line in again:
-            terminalreporter.write_line(line)
     terminalreporter.section("what the tests ran on")
     for line in summary.lines():
         terminalreporter.write_line(line)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.again import why_not
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -16,7 +18,7 @@ def rules(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
 
 
 def _run(rules: pytest.Pytester, *args: str) -> pytest.RunResult:
-    return rules.runpytest_subprocess("-p", "tests.ground_rules", "-p", "pytest_rerunfailures", *args)
+    return rules.runpytest_subprocess("-p", "tests.ground_rules", *args)
 
 
 SKIPS = """
@@ -147,39 +149,20 @@ def test_those_of_its_driver_have_one_of_their_own(rules: pytest.Pytester) -> No
     assert processes["nam"] != processes["esc"], "nothing ran side by side"
 
 
-FAILS_ONCE = """
-from pathlib import Path
-
-import pytest
-
-@pytest.mark.parametrize("n", range({tests}))
-def test_that_fails_once(n):
-    seen = Path(__file__).with_name(f"seen-{{n}}")
-    known = seen.exists()
-    seen.touch()
-    assert known
-"""
-
-
 @pytest.mark.parametrize(
-    ("folder", "ci", "tests", "passed"),
-    [("escape", "true", 3, True), ("escape", "true", 4, False), ("escape", "", 1, False), ("unit", "true", 1, False)],
+    ("failed", "why"),
+    [
+        (["tests/escape/test_a.py::test_one", "tests/cluster/test_b.py::test_two[x]"], None),
+        ([], "no test failed"),
+        ([f"tests/escape/test_a.py::test_{n}" for n in range(4)], "no accident"),
+        (
+            ["tests/escape/test_a.py::test_one", "tests/unit/test_b.py::test_two"],
+            "tests/unit/test_b.py::test_two is not",
+        ),
+        (["tests/escape/test_a.py"], "is not disturbed"),
+    ],
 )
-def test_in_ci_a_few_tests_of_the_machine_are_played_again_and_named(
-    rules: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, folder: str, ci: str, tests: int, passed: bool
-) -> None:
-    monkeypatch.setenv("CI", ci)
-    (rules.mkdir(folder) / "test_one.py").write_text(FAILS_ONCE.format(tests=tests))
-
-    result = _run(rules)
-
-    assert result.ret == (pytest.ExitCode.OK if passed else pytest.ExitCode.TESTS_FAILED)
-    again = [line for line in result.outlines if line.startswith(f"{folder}/test_one.py::")]
-    assert len(again) == (tests if folder == "escape" and ci else 0)
-
-
-def test_a_test_that_fails_twice_has_failed(rules: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CI", "true")
-    (rules.mkdir("escape") / "test_one.py").write_text("def test_that_fails(): assert False")
-
-    _run(rules).assert_outcomes(failed=1)
+def test_only_a_few_tests_of_the_machine_are_played_again(failed: list[str], why: str | None) -> None:
+    said = why_not(failed)
+    assert (said is None) if why is None else (said is not None and why in said)
+    assert why_not(failed, status=3), "what broke off played less than everything"
