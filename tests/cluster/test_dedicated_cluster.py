@@ -4,94 +4,22 @@ Few clusters, since each takes this machine half a minute at best; what the part
 """
 
 import json
-import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.cluster.dedicated_ground import Ground, boundary, ground
 from tests.cluster.engine.fixture import engine
-from tests.cluster.engine.outside import Engine
-from tests.cluster.engine.parts import build
-from tests.cluster.runtime_image import write_runtime
 from tests.sse import watching
-from tests.stack import Document, NoStack, Stack, eventually, finished, run_stack, submit
+from tests.stack import Document, eventually, finished, submit
 from tests.summary import ran
 
-__all__ = ["engine"]
+__all__ = ["engine", "ground"]
 pytestmark = pytest.mark.timeout(1500)
 MADE_WITHIN_S = 600.0
 """Beside other tests: idle it takes a tenth of this."""
 OWN = {"isolation": "dedicated-cluster"}
 LIMITS = {"wall": "300s", "memory": "256MiB"}
-
-
-@dataclass(frozen=True)
-class Ground:
-    stack: Stack
-    engine: Engine
-
-    def docker(self, *words: str) -> list[str]:
-        return self.engine.run(self.engine.docker, *words).split()
-
-    def left(self) -> dict[str, list[str]]:
-        """Of every cluster that was ever on this engine, and of what the worker kept of it."""
-        networks = set(self.docker("network", "ls", "--format={{.Name}}")) - {"bridge", "host", "none"}
-        kept = (self.stack.state / "clusters").glob("*/clusters/*")
-        return {
-            "containers": self.docker("ps", "--all", "--quiet"),
-            "networks": sorted(networks),
-            "volumes": self.docker("volume", "ls", "--quiet"),
-            "directories": sorted(str(path) for path in kept),
-        }
-
-    def address_of(self, run: str) -> str:
-        (container,) = eventually(
-            lambda: self.docker("ps", "--quiet", f"--filter=name=^{boundary(run)}-control-plane$")
-        )
-        return self.docker("inspect", "--format={{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", container)[0]
-
-
-NOTHING: dict[str, list[str]] = {"containers": [], "networks": [], "volumes": [], "directories": []}
-
-
-def boundary(run: str, fence: int = 1) -> str:
-    return f"bd-{run.removeprefix('run_')}-f{fence}"
-
-
-@pytest.fixture(scope="module")
-def ground(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
-    """A stack whose worker makes clusters, and a root filesystem with `kubectl` in it."""
-    folder = tmp_path_factory.mktemp("dedicated")
-    parts = build(print)
-    busybox = Path(parts.program("busybox"))
-    applets = subprocess.run([busybox, "--list"], capture_output=True, text=True, check=True).stdout.split()
-    image = write_runtime(folder / "run.tar", busybox, applets, more={"bin/kubectl": engine.kubectl})
-    given = {
-        "BLASTDOOR_BOUNDARIES": '["gvisor", "cluster"]',
-        "BLASTDOOR_CLUSTER_IMAGES": json.dumps({"default": image}),
-        "BLASTDOOR_CLUSTER_ARCHIVES": json.dumps([str(folder / "run.tar")]),
-        "BLASTDOOR_DOCKER": str(engine.docker),
-        "BLASTDOOR_DOCKER_HOST": engine.docker_host,
-        "BLASTDOOR_KIND": str(engine.kind),
-        "BLASTDOOR_KIND_NODE_IMAGE": engine.node_image,
-        "BLASTDOOR_PROBE_S": "2",
-    }
-    try:
-        with run_stack(folder, **given) as stack:
-            ground = Ground(stack, engine)
-            assert eventually(lambda: "cluster/kind" in offered(stack), within_s=60), offered(stack)
-            yield ground
-            assert eventually(lambda: ground.left() == NOTHING, within_s=60), ground.left()
-    except NoStack as missing:
-        pytest.skip(str(missing))
-
-
-def offered(stack: Stack) -> dict[str, list[str]]:
-    rows = stack.tenant.get("/v1/capabilities").json()["boundaries"]
-    return {row["boundary"]: row["missing"] for row in rows if row["available"]}
 
 
 def test_two_untrusted_tenants_have_a_cluster_each_and_cannot_see_the_others(ground: Ground) -> None:
