@@ -1,5 +1,5 @@
 """The first process inside an engine: makes its private world, starts dockerd in it, and is the end of everything there
-when dockerd ends or it is killed itself.
+when dockerd ends, unless it was stopped on purpose (`Engine.stop_docker`), or it is killed itself.
 
 Run by `outside.py` under `unshare`, in pid, mount, ipc and uts namespaces of its own:
 
@@ -14,9 +14,11 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.engine.place import Place
+from tests.cluster.engine.place import START_DOCKERD, Place
 from tests.cluster.lab.cgroups import join
 from tests.cluster.lab.parts import Parts
 
@@ -37,9 +39,14 @@ def make_private(place: Place) -> None:
     _run("mount", "-o", "remount,bind,ro", "/")
     _run("mount", "--bind", str(place.data), str(place.data))  # dockerd would do it, and hide what is mounted below
     _run("mount", "--make-shared", str(place.data))
-    for layer in place.layers():  # of the node image: shared by all engines, changed by none
+
+
+def give_layers(place: Place) -> None:
+    """Of the node image: shared by all engines, changed by none. A dockerd that ends takes them away."""
+    for layer in place.layers():
         diff = place.data / "overlay2" / layer.name / "diff"
-        _run("mount", "--bind", "-o", "ro", str(layer / "diff"), str(diff))
+        if not os.path.ismount(diff):
+            _run("mount", "--bind", "-o", "ro", str(layer / "diff"), str(diff))
 
 
 def _give_modules(place: Place) -> None:
@@ -103,19 +110,35 @@ def environment(place: Place, parts: Parts) -> dict[str, str]:
 
 
 def start(name: str, place: Place, argv: list[str], env: dict[str, str], *fds: int) -> "subprocess.Popen[bytes]":
-    with (place.logs / f"{name}.log").open("wb") as log:
+    with (place.logs / f"{name}.log").open("ab") as log:
         return subprocess.Popen(
             argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=fds
         )
 
 
-def watch_over(running: dict[str, "subprocess.Popen[bytes]"]) -> None:
-    """Reaps whoever dies here, as the first process must, until one of ours does."""
-    names = {process.pid: name for name, process in running.items()}
-    while True:
-        pid, status = os.waitpid(-1, 0)
-        if pid in names:
-            raise Ended(f"{names[pid]} ended with {os.waitstatus_to_exitcode(status)}")
+@dataclass
+class Running:
+    """The processes whose end is the engine's. dockerd alone may be stopped and started again: on the same data, in the
+    same namespaces, as when an operator restarts the service."""
+
+    place: Place
+    dockerd: Callable[[], "subprocess.Popen[bytes]"]
+    pids: dict[str, int]
+
+    def start_dockerd(self) -> None:
+        give_layers(self.place)
+        self.pids["dockerd"] = self.dockerd().pid
+        written = self.place.processes.with_suffix(".new")
+        written.write_text(json.dumps(self.pids))
+        written.rename(self.place.processes)
+
+    def watch(self) -> None:
+        """Reaps whoever dies here, as the first process must, until one of ours does."""
+        while True:
+            pid, status = os.waitpid(-1, 0)
+            names = {number: name for name, number in self.pids.items()}
+            if pid in names and not (names[pid] == "dockerd" and self.place.stopped.exists()):
+                raise Ended(f"{names[pid]} ended with {os.waitstatus_to_exitcode(status)}")
 
 
 def main(state: str, cgroup: str) -> None:
@@ -128,13 +151,15 @@ def main(state: str, cgroup: str) -> None:
         outer = leave_network()
         own = dict(os.environ)
         forward = [sys.executable, "-m", "tests.cluster.engine.forward", str(outer)]
-        running = {
-            "forward": start("forward", place, forward, own, outer),
-            "dockerd": start("dockerd", place, dockerd(place, parts, cgroup), environment(place, parts)),
-        }
+        running = Running(
+            place,
+            lambda: start("dockerd", place, dockerd(place, parts, cgroup), environment(place, parts)),
+            {"inside": os.getpid(), "forward": start("forward", place, forward, own, outer).pid},
+        )
         os.close(outer)
-        (place.state / "processes.json").write_text(json.dumps({name: one.pid for name, one in running.items()}))
-        watch_over(running)
+        running.start_dockerd()
+        signal.signal(START_DOCKERD, lambda *_: running.start_dockerd())
+        running.watch()
     except Ended as why:
         (place.state / "ended").write_text(str(why))
         raise SystemExit(str(why)) from why

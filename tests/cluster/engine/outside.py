@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -9,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.engine.place import Node, Place
+from tests.cluster.engine.place import START_DOCKERD, Node, Place
 from tests.cluster.lab import cgroups
 from tests.cluster.lab.outside import HIDDEN, ROOT, Lab, NoLab, started_at, stop
 from tests.cluster.lab.parts import Parts, one_at_a_time
@@ -65,6 +66,24 @@ class Engine:
     @property
     def kubectl(self) -> Path:
         return self.parts.program("kubectl")
+
+    def stop_docker(self) -> None:
+        """dockerd ends, as when an operator stops the service, and with it what its containers ran. The rest of the
+        engine stays: what it had on disk, its network, its control groups."""
+        place, pid = Place(self.state), self.lab.pid("dockerd")
+        place.stopped.touch()
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + READY_WITHIN_S
+        while _is_there(pid):
+            if time.monotonic() > deadline:
+                raise NoLab(f"dockerd did not end within {READY_WITHIN_S:g} s")
+            time.sleep(0.1)
+
+    def start_docker(self) -> None:
+        """A new dockerd, on what the last one left. Returns when it answers."""
+        os.kill(self.lab.pid("inside"), START_DOCKERD)
+        _wait_until_ready(self)
+        Place(self.state).stopped.unlink()
 
     def quit(self) -> None:
         """Ends it, and leaves its folder."""
@@ -149,6 +168,13 @@ def _wait_until_ready(engine: Engine) -> None:
         if time.monotonic() > deadline:
             raise NoLab(_why(engine, f"dockerd did not answer within {READY_WITHIN_S:g} s"))
         time.sleep(0.1)
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] not in ("", "Z")
+    except OSError:
+        return False
 
 
 def answers(engine: Engine) -> bool:

@@ -2,8 +2,12 @@
 
 import json
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
+
+START_DOCKERD = signal.SIGUSR1
+"""To the engine's first process."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,16 @@ class Place:
     @property
     def socket(self) -> Path:
         return self.state / "docker.sock"
+
+    @property
+    def processes(self) -> Path:
+        """The ids of its processes, as they have them in there."""
+        return self.state / "processes.json"
+
+    @property
+    def stopped(self) -> Path:
+        """While it is there, dockerd may end and the rest goes on."""
+        return self.state / "stopped"
 
     def make(self) -> None:
         for folder in (self.config, self.logs, self.programs, self.volatile, self.data):
