@@ -20,6 +20,7 @@ from service.core.cleanup import (
     Check,
     Observed,
     Order,
+    StandbyState,
     named,
     recheck,
     resists_too_long,
@@ -30,6 +31,7 @@ from service.core.errors import BlastdoorError, NotYetDestroyed
 from service.core.failpoints import Failpoint, reach
 from service.core.lease import LeaseView
 from service.core.ports.publishing import Hints
+from workers.registry import Keeping
 
 QUARANTINE_AFTER = timedelta(seconds=30)
 SITE_SILENT = timedelta(minutes=5)
@@ -111,6 +113,7 @@ class Reaper:
         }
         now = self._runs.now()  # before the leases: one that is renewed meanwhile must not look as if it had run out
         views = self._runs.leases_of({ref.run_id for ref in refs})
+        kept = self._kept()
         found = [
             Observed(
                 ref=named(ref, views.get(ref.run_id)),
@@ -120,12 +123,20 @@ class Reaper:
                     now=self._host_now() if ref.fence == 0 else now,
                     resists=ref.name in resisting,
                 ),
+                standby=kept.get(ref.name),
             )
             for ref in refs
         ]
         seen = [kind for kind, refs_ in listed.items() if refs_ is not None]
         self._runs.record_inventory(self._site, seen, found)
         return _World(listed, found, {one.ref.name: one.state for one in found})
+
+    def _kept(self) -> Mapping[str, StandbyState]:
+        kept: dict[str, StandbyState] = {}
+        for boundary in self._by_kind.values():
+            if isinstance(boundary, Keeping):
+                kept |= boundary.kept()
+        return kept
 
     def obey(self) -> int:
         """Do what operators ordered for this site, line by line, each looked at again. -> lines that have their result

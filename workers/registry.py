@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import Any, Protocol, cast, runtime_checkable
 
 from service.core.boundary import Boundary, BoundaryKind, Cancellation, Host
+from service.core.cleanup import StandbyState
 
 DRIVERS: Mapping[BoundaryKind, str] = {
     BoundaryKind.GVISOR: "workers.boundaries.gvisor.driver:GvisorBoundary",
@@ -58,6 +59,10 @@ class Keeping(Protocol):
 
     def standing(self) -> Mapping[str, int]:
         """`wanted`, `ready` and `being_made` now; `claimed`, `expired` and `failed` as they add up."""
+        ...
+
+    def kept(self) -> Mapping[str, StandbyState]:
+        """Of what is there now, by the boundary's name: what was made before anybody asked."""
         ...
 
 

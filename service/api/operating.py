@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
 from service.core.boundary import BoundaryKind
-from service.core.cleanup import ActionKind, BoundaryState, CleanupPlan, InventoryRow, PlannedAction, Scope
+from service.core.cleanup import (
+    ActionKind,
+    BoundaryState,
+    CleanupPlan,
+    InventoryRow,
+    PlannedAction,
+    Scope,
+    StandbyState,
+)
 from service.core.custody import AuditEntry
 from service.core.errors import DocumentInvalid
 from service.core.ports.tenants import WorkerRecord
@@ -70,6 +78,9 @@ class PurgeAsked(_Body):
 
 
 class BoundaryShown(BaseModel):
+    """`age_s`: since its run was claimed; of what no run has yet, since it was begun. `standby`: null for what was made
+    for its run."""
+
     kind: BoundaryKind
     variant: str | None
     site: str
@@ -81,14 +92,17 @@ class BoundaryShown(BaseModel):
     expires_at: datetime
     observed_at: datetime
     state: BoundaryState
+    age_s: float
+    standby: StandbyState | None
 
     @classmethod
-    def of(cls, row: InventoryRow) -> "BoundaryShown":
+    def of(cls, row: InventoryRow, *, now: datetime) -> "BoundaryShown":
         ref = row.ref
         return cls(
             kind=ref.kind, variant=ref.variant or None, site=ref.site, name=ref.name, run=ref.run_id,
             tenant=ref.tenant or None, fence=ref.fence, created_at=row.created_at, expires_at=ref.expires_at,
-            observed_at=row.observed_at, state=row.state,
+            observed_at=row.observed_at, state=row.state, standby=row.standby,
+            age_s=max((now - row.created_at).total_seconds(), 0.0),  # the label's clock is the host's
         )  # fmt: skip
 
 

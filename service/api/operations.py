@@ -53,7 +53,7 @@ async def list_boundaries(context: InContext, operator: AnOperator) -> BoundaryP
             SiteShown(name=s.name, last_seen_at=s.last_seen_at, silent=s.is_silent(now=now, after=silent_after))
             for s in deps.custody.sites()
         ]
-        return BoundaryPage(items=[BoundaryShown.of(row) for row in rows], sites=sites)
+        return BoundaryPage(items=[BoundaryShown.of(row, now=now) for row in rows], sites=sites)
 
     return await context.store(page)
 

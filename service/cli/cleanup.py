@@ -9,7 +9,7 @@ import typer
 import typer.main
 
 from service.cli.connection import EXIT_INFRASTRUCTURE, EXIT_NOT_PASSED, Reach, reaching
-from service.cli.printing import make_console, print_json, print_line, print_table, quoted
+from service.cli.printing import age_text, make_console, print_json, print_line, print_table, quoted
 from service.core.quantities import parse_duration
 
 _OF_HOSTS = "blastdoor.commands"
@@ -31,7 +31,9 @@ OlderThan = Annotated[str | None, typer.Option("--older-than", metavar="TIME", h
 
 @reaching(for_a_tenant=False)
 def boundaries(reach: Reach) -> None:
-    """What stands on the sites: live, orphan, overdue or quarantined.
+    """What stands on the sites: whose it is, how old, and live, orphan, overdue or quarantined.
+
+    What is kept ready for whoever comes has no run yet, and says so under `standby`.
 
     [bold]Example[/bold]
 
@@ -45,12 +47,19 @@ def boundaries(reach: Reach) -> None:
     if not found["items"]:
         print_line(make_console(), "nothing stands on any site")
         return
-    columns = ("boundary", "state", "site", "tenant")
-    print_table(make_console(), columns, map(_boundary_row, found["items"]), wide="tenant")
+    columns = ["boundary", "kind", "state", "age", "tenant", "run", "site", "standby"]
+    rows = [_boundary_row(row) for row in found["items"]]
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    print_table(make_console(), columns, rows, wide="tenant")
 
 
 def _boundary_row(row: Mapping[str, Any]) -> tuple[object, ...]:
-    return row["name"], row["state"], row["site"], row["tenant"] or ""
+    """Under fence 0 there is no run: its id is only part of the boundary's name."""
+    kind = f"{row['kind']}/{row['variant']}" if row["variant"] else row["kind"]
+    run = row["run"] if row["fence"] else ""
+    standby = str(row["standby"] or "").replace("_", " ")
+    return row["name"], kind, row["state"], age_text(row["age_s"]), row["tenant"] or "", run, row["site"], standby
 
 
 @reaching(for_a_tenant=False)

@@ -139,6 +139,20 @@ def seconds_text(value: object) -> str:
     return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
 
 
+def age_text(value: object) -> str:
+    """Seconds as an age, in the largest unit and the next: `41 s`, `3 min 5 s`, `2 h 10 min`, `4 d 1 h`."""
+    if not isinstance(value, int | float):
+        return ""
+    left, parts = int(value), []
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if left >= size or unit == "s":
+            parts.append((left // size, unit))
+        elif parts:
+            parts.append((0, unit))
+        left %= size
+    return " ".join(f"{number} {unit}" for n, (number, unit) in enumerate(parts[:2]) if number or n == 0)
+
+
 def bytes_text(value: object) -> str:
     if not isinstance(value, int | float):
         return ""

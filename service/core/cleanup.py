@@ -27,21 +27,32 @@ class BoundaryState(StrEnum):
     QUARANTINED = "quarantined"  # it resists destruction past its deadline, or its site is silent
 
 
+class StandbyState(StrEnum):
+    """Of a boundary that was made before anybody asked."""
+
+    BEING_MADE = "being_made"
+    READY = "ready"
+    CLAIMED = "claimed"  # by the run whose name it bears since then
+
+
 class Observed(_Frozen):
-    """One boundary as a reaper just found it."""
+    """One boundary as a reaper just found it. `standby`: None for one that was made for its run."""
 
     ref: BoundaryRef
     state: BoundaryState
+    standby: StandbyState | None = None
 
 
 class InventoryRow(_Frozen):
-    """What is known of one discovered boundary. `resisting_since`: when its destruction was first tried in vain."""
+    """What is known of one discovered boundary. `resisting_since`: when its destruction was first tried in vain;
+    `standby`: as `Observed` has it."""
 
     ref: BoundaryRef
     created_at: datetime
     observed_at: datetime
     state: BoundaryState
     resisting_since: datetime | None = None
+    standby: StandbyState | None = None
 
 
 class SiteRecord(_Frozen):

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 
 from service.core.boundary import BoundaryKind, BoundaryRef
-from service.core.cleanup import ActionKind, BoundaryState, Observed, PlannedAction
+from service.core.cleanup import ActionKind, BoundaryState, Observed, PlannedAction, StandbyState
 from service.core.errors import Conflict, NotFound
 from service.core.ids import new_run_id
 from service.core.ports.tenants import WorkerRecord
@@ -76,6 +76,14 @@ class TestInventory:
 
         assert (row.created_at, row.resisting_since, row.state) == (before.created_at, since, BoundaryState.OVERDUE)
         assert store.note_resistance("host-1", ref.name) == since
+
+    def test_what_was_made_before_anybody_asked_is_known_as_such(self, store: Store) -> None:
+        ref, own = a_ref(store), a_ref(store)
+        for standby in (StandbyState.BEING_MADE, StandbyState.READY, StandbyState.CLAIMED, None):
+            kept = Observed(ref=ref, state=BoundaryState.LIVE, standby=standby)
+            store.record_inventory("host-1", GVISOR, [kept, seen(own)])
+
+            assert {row.ref.name: row.standby for row in store.inventory()} == {ref.name: standby, own.name: None}
 
     def test_it_is_quarantined_once_and_gone_when_it_is_dropped(self, store: Store) -> None:
         ref, other = a_ref(store), a_ref(store)

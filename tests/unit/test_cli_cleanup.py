@@ -101,11 +101,17 @@ def test_boundaries_are_a_table_or_json() -> None:
     row = {
         "kind": "gvisor", "variant": None, "site": "host-1", "name": NAME, "run": "run_1", "tenant": "ac\x1b[31mme",
         "fence": 1, "created_at": "2026-01-02T03:04:05Z", "expires_at": "", "observed_at": "", "state": "overdue",
+        "age_s": 185.2, "standby": None,
     }  # fmt: skip
     shown = Service({"items": [row]}).hears("boundaries").stdout
 
     assert "\x1b" not in shown
-    assert all(words in shown for words in ("overdue", "host-1", NAME))
+    assert all(words in shown for words in ("overdue", "host-1", NAME, "3 min 5 s", "run_1", "gvisor"))
+    assert "standby" not in shown, "nothing here is one"
+    kept = row | {"kind": "cluster", "variant": "kind", "fence": 0, "tenant": "_standby", "standby": "being_made"}
+    shown = Service({"items": [row, kept]}).hears("boundaries").stdout
+    assert all(words in shown for words in ("cluster/kind", "_standby", "being made"))
+    assert shown.count("run_1") == 1, "no run has it yet"
     assert json.loads(Service({"items": [row]}).hears("boundaries", "--json").stdout)["items"] == [row]
     assert Service({"items": []}).hears("boundaries").stdout == "nothing stands on any site\n"
 

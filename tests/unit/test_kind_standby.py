@@ -28,8 +28,8 @@ class Never:
 class PaperProvisioner(KindProvisioner):
     """Makes directories where there would be clusters."""
 
-    def __init__(self, state: Path) -> None:
-        super().__init__(KindHost(installation="inst0", site="here", state=state, node_image="node"))
+    def __init__(self, state: Path, *, installation: str = "inst0") -> None:
+        super().__init__(KindHost(installation=installation, site="here", state=state, node_image="node"))
         self.made: list[BoundaryRef] = []
         self.broken: set[str] = set()
         self.resisting = self.failing = False
@@ -114,6 +114,24 @@ def test_a_claimed_cluster_is_the_runs_and_another_is_made_in_its_place(world: W
     assert kubeconfig.exists(), "what is claimed is not the keeper's any more"
     world.clusters.destroy(run)
     assert not kubeconfig.parent.exists()
+
+
+def test_it_is_said_of_each_whether_it_is_being_made_ready_or_claimed(world: World) -> None:
+    assert world.standby.states() == {}, "not even a directory"
+    world.keep()
+    (made,) = world.clusters.made
+    assert world.standby.states() == {made.name: "ready"}
+    half = new_ref().model_copy(update={"tenant": STANDBY, "fence": 0})
+    world.clusters.create(half, cancelled=Never(), tell=lambda _: None)
+    own = new_ref()
+    world.clusters.create(own, cancelled=Never(), tell=lambda _: None)
+    assert world.standby.states() == {made.name: "ready", half.name: "being_made"}, "a run's own is none"
+    run = new_ref()
+    assert world.standby.claim(run)
+    assert world.standby.states() == {made.name: "claimed", run.name: "claimed", half.name: "being_made"}
+    world.clusters.resisting = True
+    world.keep()
+    assert half.name not in world.standby.states(), "it is being ended, as one that was left half-made"
 
 
 def test_the_one_that_ends_first_is_handed_out_first(world: World) -> None:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from service.cli.printing import (
+    age_text,
     bytes_text,
     make_console,
     outcome_text,
@@ -129,6 +130,12 @@ def test_nothing_but_text_is_printed_into_a_pipe(monkeypatch: pytest.MonkeyPatch
     print_line(console, outcome_text("failed"), ("bold", "bold"))
     assert pipe.getvalue() == "failedbold\n"
     assert console.width == 80
+
+
+def test_an_age_is_in_the_largest_unit_and_the_next() -> None:
+    shown = {0.4: "0 s", 59.9: "59 s", 60: "1 min", 185: "3 min 5 s", 7800: "2 h 10 min", 349200: "4 d 1 h"}
+    assert {seconds: age_text(seconds) for seconds in shown} == shown
+    assert age_text(None) == ""
 
 
 def test_seconds_and_bytes_are_written_for_people() -> None:

@@ -41,6 +41,7 @@ class MemoryCustody(MemoryState):
                     observed_at=now,
                     state=one.state,
                     resisting_since=known.resisting_since if known else None,
+                    standby=one.standby,
                 )
 
     def drop_from_inventory(self, site: str, names: Collection[str]) -> None:

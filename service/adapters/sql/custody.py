@@ -15,7 +15,7 @@ from service.adapters.sql.line import LEASE_VIEW, lease_view
 from service.adapters.sql.schema import NOT_KNOWN_GONE, indexed_by, inventory, run, site, worker
 from service.adapters.sql.transitions import SqlPart
 from service.core.boundary import BoundaryKind, BoundaryRef
-from service.core.cleanup import BoundaryState, InventoryRow, Observed, SiteRecord
+from service.core.cleanup import BoundaryState, InventoryRow, Observed, SiteRecord, StandbyState
 from service.core.errors import Conflict, NotFound
 from service.core.events import EventType
 from service.core.lease import LeaseView
@@ -60,7 +60,9 @@ class SqlCustody(SqlPart):
             if found:  # one statement for all of them: to compile a thousand rows takes longer than to write them
                 now = connection.execute(sa.select(db_now())).scalar_one()
                 row = insert(inventory)
-                again = {name: row.excluded[name] for name in ("tenant", "expires_at", "observed_at", "state")}
+                again = {
+                    name: row.excluded[name] for name in ("tenant", "expires_at", "observed_at", "state", "standby")
+                }
                 row = row.on_conflict_do_update(index_elements=["site", "name"], set_=again)
                 connection.execute(row, [_words(site, one, at=now) for one in found])
 
@@ -193,6 +195,7 @@ def _words(site: str, one: Observed, *, at: datetime) -> dict[str, Any]:
         "expires_at": ref.expires_at,
         "observed_at": at,
         "state": one.state.value,
+        "standby": one.standby,
     }
 
 
@@ -207,4 +210,5 @@ def _row(row: sa.Row[Any], *, installation: str) -> InventoryRow:
         observed_at=row.observed_at,
         state=BoundaryState(row.state),
         resisting_since=row.resisting_since,
+        standby=None if row.standby is None else StandbyState(row.standby),
     )

@@ -321,6 +321,7 @@ inventory = Table(
     Column("observed_at", Instant, nullable=False),
     Column("state", Text, nullable=False),
     Column("resisting_since", Instant),  # its destruction was begun then, and has not come off
+    Column("standby", Text),  # of one that was made before anybody asked
 )  # fmt: skip
 
 cleanup = Table(

@@ -1,22 +1,29 @@
 """Operators' clean-up over HTTP. The reaper of the site is real, over a fake platform, in a thread of this process."""
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import sqlalchemy as sa
+from typer.testing import CliRunner
 
 from service.adapters.sql.schema import metadata
-from service.core.boundary import BoundaryKind, BoundaryRef
+from service.cli.main import make_app
+from service.core.boundary import Boundary, BoundaryKind, BoundaryRef
 from service.core.ids import new_run_id
 from service.core.ports.runs import Claim
 from tests.factories import make_result
 from tests.integration.api.conftest import DATABASES, Served
+from tests.unit.test_kind_standby import PaperProvisioner
+from workers.boundaries.cluster.driver import ClusterBoundary
+from workers.boundaries.cluster.standby import Standby
 from workers.boundaries.fake import FakeBoundary, FakeWorld, ResistingBoundary
 from workers.reaper import Reaper
 
@@ -28,10 +35,10 @@ class Platform:
     """A site's fake platform, and a reaper that attends but does not sweep: what is planned is there until it is
     ordered."""
 
-    def __init__(self, served: Served, boundary: FakeBoundary | None = None, *, site: str = SITE) -> None:
+    def __init__(self, served: Served, boundary: Boundary | None = None, *, site: str = SITE) -> None:
         self.served, self.site = served, site
         self.installation = served.store.installation_id()
-        self.boundary = boundary or FakeBoundary(installation=self.installation)
+        self.boundary: Any = boundary or FakeBoundary(installation=self.installation)
         self.reaper = Reaper(
             [self.boundary], served.store, served.hints, installation=self.installation, site=site,
             quarantine_after=timedelta(0),
@@ -125,10 +132,66 @@ def test_boundaries_are_listed_as_their_site_found_them(platform: Platform, serv
     }  # fmt: skip
     row = rows[live.name]
     assert set(row) == {
-        "kind", "variant", "site", "name", "run", "tenant", "fence", "created_at", "expires_at", "observed_at", "state"
+        "kind", "variant", "site", "name", "run", "tenant", "fence", "created_at", "expires_at", "observed_at", "state",
+        "age_s", "standby",
     }  # fmt: skip
+    assert row["standby"] is None
+    assert 0 <= row["age_s"] < 60
     assert (row["kind"], row["variant"], row["site"], row["run"]) == ("gvisor", None, SITE, held.run.id)
     assert (row["tenant"], row["fence"]) == ("acme", 1)
+
+
+@on_both_databases
+def test_clusters_are_listed_with_age_tenant_and_run_and_so_is_what_is_kept_ready(
+    served: Served, tmp_path: Path
+) -> None:
+    """Directories where there would be clusters; all else is real, from the keeper of standby clusters to the command
+    that an operator types."""
+    clusters = PaperProvisioner(tmp_path / "clusters", installation=served.store.installation_id())
+    standby = Standby(clusters, wanted=1, prepare=lambda _: None)
+    boundary = ClusterBoundary(
+        installation=served.store.installation_id(), site=SITE, images={}, provisioners=[clusters], standby=standby
+    )
+    platform = Platform(served, boundary)
+    standby.keep(cancelled=threading.Event())
+    served.submit("acme")
+    held = served.claim()
+    served.store.mark_running(held.run.id, held.fence)
+    now = served.store.now()
+    claimed = BoundaryRef(
+        installation=platform.installation, kind=BoundaryKind.CLUSTER, variant="kind", site=SITE, tenant="acme",
+        run_id=held.run.id, fence=held.fence, expires_at=now + timedelta(minutes=5),
+        created_at=now - timedelta(minutes=3),
+    )  # fmt: skip
+    assert standby.claim(claimed)
+    standby.keep(cancelled=threading.Event())
+    clusters.create(
+        clusters.made[-1].model_copy(update={"run_id": new_run_id()}), cancelled=threading.Event(), tell=print
+    )
+    _, ready, half = clusters.made
+    platform.reaper.look()
+
+    shown = command(served, "boundaries", "--json")
+    rows = {row["name"]: row for row in json.loads(shown)["items"]}
+    assert {name: (row["run"], row["tenant"], row["standby"], row["state"]) for name, row in rows.items()} == {
+        claimed.name: (held.run.id, "acme", "claimed", "live"),
+        ready.name: (ready.run_id, "_standby", "ready", "live"),
+        half.name: (half.run_id, "_standby", "being_made", "live"),
+    }
+    assert 180 <= rows[claimed.name]["age_s"] < 240
+    assert 0 <= rows[ready.name]["age_s"] < 60
+    table = {line.split()[0]: line for line in command(served, "boundaries").splitlines() if line.startswith("bd-")}
+    assert all(words in table[claimed.name] for words in (" acme ", held.run.id, " 3 min ", "cluster/kind", "claimed"))
+    assert "run_" not in table[ready.name]
+    assert "being made" in table[half.name]
+
+
+def command(served: Served, *arguments: str) -> str:
+    """-> what `blastdoor admin ...` prints, on a wide terminal."""
+    reach = {"BLASTDOOR_URL": served.url, "BLASTDOOR_KEY": served.keys["operator"], "COLUMNS": "160"}
+    ended = CliRunner().invoke(make_app(), ["admin", *arguments], env=reach)
+    assert ended.exit_code == 0, ended.output
+    return ended.stdout
 
 
 def test_what_a_silent_site_had_is_quarantined_until_it_answers(platform: Platform, served: Served) -> None:

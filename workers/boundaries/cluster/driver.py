@@ -23,6 +23,7 @@ from service.core.boundary import (
     Host,
     Sandbox,
 )
+from service.core.cleanup import StandbyState
 from service.core.controls import Need
 from service.core.errors import BlastdoorError, BoundaryLost, NotYetDestroyed, ProvisionFailed
 from service.core.failpoints import Failpoint, reach
@@ -101,6 +102,9 @@ class ClusterBoundary:
 
     def standing(self) -> Mapping[str, int]:
         return {} if self._standby is None else vars(self._standby.standing())
+
+    def kept(self) -> Mapping[str, StandbyState]:
+        return {} if self._standby is None else self._standby.states()
 
     def probe(self) -> Sequence[Capabilities]:
         """What a cluster needs that would be made now. What the cluster itself enforces is found out in each, before

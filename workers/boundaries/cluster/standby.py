@@ -8,7 +8,7 @@ no tenant and with fence 0: it lives until its label says, and the reaper ends w
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,6 +17,7 @@ from pathlib import Path
 import structlog
 
 from service.core.boundary import BoundaryKind, BoundaryRef, Cancellation
+from service.core.cleanup import StandbyState
 from service.core.errors import BlastdoorError, NotYetDestroyed
 from service.core.ids import new_run_id
 from workers.boundaries.cluster.kind import KindProvisioner
@@ -114,6 +115,20 @@ class Standby:
             claimed=self._places.counted(_CLAIMED), expired=self._places.counted(_EXPIRED),
             failed=self._places.counted(_FAILED),
         )  # fmt: skip
+
+    def states(self) -> Mapping[str, StandbyState]:
+        """Of those that there are, by the boundary's name; of a claimed one also by its run's, since both may have been
+        listed. One that is being ended is none any more."""
+        found: dict[str, StandbyState] = {}
+        for place in self._places.all():
+            ref, owner = place.ref(), place.claimed_by()
+            if ref is None or ref.tenant != STANDBY or (owner is not None and owner.name == place.name):
+                continue
+            if owner is not None:
+                found |= dict.fromkeys((place.name, owner.name), StandbyState.CLAIMED)
+            else:
+                found[place.name] = StandbyState.READY if place.standby.exists() else StandbyState.BEING_MADE
+        return found
 
     def _unclaimed(self) -> list[Place]:
         """Ready ones, and what is being made."""
