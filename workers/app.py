@@ -38,6 +38,7 @@ from service.logs import configure, own_the_streams, say_unknown
 from service.metrics import Address, new_registry, serve_if_asked
 from service.settings import Settings, unknown_names
 from workers.drain import draining
+from workers.environment import cluster_choices
 from workers.metrics import MeteredLine, MeteredRecovery, PoolMetrics, ReaperMetrics
 from workers.reaper import Reaper, Swept, watch_sites
 from workers.reconcile import reconcile
@@ -93,16 +94,6 @@ class Site:
     @property
     def clusters(self) -> ClusterChoices:
         return cluster_choices(self.settings)
-
-
-def cluster_choices(settings: Settings) -> ClusterChoices:
-    return ClusterChoices(
-        provisioners=settings.cluster_provisioners, images=settings.cluster_images, archives=settings.cluster_archives,
-        at_once=settings.clusters_at_once, standby=settings.standby_clusters, kind=settings.kind,
-        docker=settings.docker, docker_host=settings.docker_host, node_image=settings.kind_node_image,
-        ready_s=settings.capi_ready_s, capi_kubeconfig=settings.capi_kubeconfig, capi_namespace=settings.capi_namespace,
-        capi_topology=settings.capi_topology,
-    )  # fmt: skip
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from workers.conformance import report
 from workers.conformance.corpus import CASES
 from workers.conformance.run import Arena, Result, judge_all
 from workers.conformance.stage import set_stage
+from workers.environment import Told, WrongSetting, read_environment
 from workers.registry import DRIVERS, Surrounded, Warmable, load
 from workers.runtimes.import_rootfs import import_directory, import_oci_layout
 from workers.runtimes.store import RuntimeStore
@@ -57,11 +57,11 @@ Kubeconfig = Annotated[
 ]
 KubeImage = Annotated[str, typer.Option(envvar="BLASTDOOR_KUBE_IMAGE", help="The image of its pods, by digest.")]
 NodeImage = Annotated[
-    str, typer.Option(envvar="BLASTDOOR_KIND_NODE_IMAGE", help="Of boundary cluster/kind, as the engine knows it.")
+    str | None, typer.Option(help="Of boundary cluster/kind, as the engine knows it; else BLASTDOOR_KIND_NODE_IMAGE.")
 ]
-DockerHost = Annotated[str, typer.Option(envvar="BLASTDOOR_DOCKER_HOST", help="The container engine's socket.")]
+DockerHost = Annotated[str | None, typer.Option(help="The container engine's socket; else BLASTDOOR_DOCKER_HOST.")]
 CapiKubeconfig = Annotated[
-    Path | None, typer.Option(envvar="BLASTDOOR_CAPI_KUBECONFIG", help="Of a management cluster of Cluster API.")
+    Path | None, typer.Option(help="Of a management cluster of Cluster API; else BLASTDOOR_CAPI_KUBECONFIG.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")]
 
@@ -88,8 +88,8 @@ def doctor(
     runsc: Runsc = Path("/usr/bin/runsc"),
     kubeconfig: Kubeconfig = None,
     kube_image: KubeImage = "",
-    node_image: NodeImage = "",
-    docker_host: DockerHost = NO_CLUSTERS.docker_host,
+    node_image: NodeImage = None,
+    docker_host: DockerHost = None,
     capi_kubeconfig: CapiKubeconfig = None,
     attack: Annotated[
         bool, typer.Option("--attack", help="Play every known attack in each, with its control.")
@@ -98,7 +98,8 @@ def doctor(
 ) -> None:
     """Say which boundaries this host can build, and for each that it cannot, why and how to get it.
 
-    Every line was measured just now: for gVisor a real sandbox was started and asked.
+    Every line was measured just now: for gVisor a real sandbox was started and asked. Of clusters it says what a worker
+    with these variables would: all of .env.example that has to do with them are read.
 
     --attack (as root) plays the corpus of attacks in every boundary that can be built here, and prints case by
     boundary: blocked; vacuous, when the positive control did not fire and so nothing is shown; or FAILED. Status 0:
@@ -109,10 +110,12 @@ def doctor(
     """
     # Standard output is the answer; what drivers log goes elsewhere.
     structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
+    told = _told()
+    clusters = _clusters(told.clusters, node_image=node_image, docker_host=docker_host, capi_kubeconfig=capi_kubeconfig)
     host = ThisHost(
         state_dir, runtime_dir, runsc, installation=f"doctor{os.getpid()}", site=socket.gethostname(),
-        kubeconfig=kubeconfig, kube_image=kube_image,
-        clusters=_clusters(node_image, docker_host, capi_kubeconfig),
+        kubeconfig=kubeconfig, kube_image=kube_image, namespace_variants=told.namespace_variants,
+        clusters=clusters,
     )  # fmt: skip
     if attack:
         _attack(host, as_json=as_json)
@@ -133,11 +136,21 @@ def doctor(
     raise typer.Exit(0 if any(row.available for row in rows) else 3)
 
 
-def _clusters(node_image: str, docker_host: str, capi_kubeconfig: Path | None) -> ClusterChoices:
-    """With the programs that are on the path here."""
-    found = {name: Path(there) for name in ("kind", "docker") if (there := shutil.which(name)) is not None}
-    said = {"node_image": node_image, "docker_host": docker_host, "capi_kubeconfig": capi_kubeconfig}
-    return NO_CLUSTERS.model_copy(update={"provisioners": ("kind", "capi")} | said | found)
+def _told() -> Told:
+    """Ends the command with 2 where no worker could start."""
+    try:
+        return read_environment()
+    except WrongSetting as error:
+        typer.echo(f"blastdoor: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _clusters(choices: ClusterChoices, **said: object) -> ClusterChoices:
+    """As a worker with this environment makes them, but for what was said in its stead."""
+    update = {name: value for name, value in said.items() if value is not None}
+    if "capi_kubeconfig" in update:
+        update["provisioners"] = tuple(dict.fromkeys((*choices.provisioners, "capi")))
+    return choices.model_copy(update=update)
 
 
 def _probed(kind: BoundaryKind, host: ThisHost) -> Sequence[Capabilities]:
@@ -211,7 +224,7 @@ def cleanup_local(
     as_json: Json = False,
     kubeconfig: Kubeconfig = None,
     kube_image: KubeImage = "",
-    docker_host: DockerHost = NO_CLUSTERS.docker_host,
+    docker_host: DockerHost = None,
     capi_kubeconfig: CapiKubeconfig = None,
     site: Annotated[str, typer.Option(envvar="BLASTDOOR_SITE", help="As its workers call it; else the host.")] = "",
 ) -> None:
@@ -231,7 +244,9 @@ def cleanup_local(
         local = open_local(
             state_dir=state_dir, runtime_dir=runtime_dir, runsc=runsc, site=site or socket.gethostname(),
             database_url=database, installation=installation, kubeconfig=kubeconfig, kube_image=kube_image,
-            clusters=_clusters_here(state_dir, docker_host, capi_kubeconfig),
+            clusters=_clusters_here(
+                state_dir, _clusters(_told().clusters, docker_host=docker_host, capi_kubeconfig=capi_kubeconfig)
+            ),
         )  # fmt: skip
     except NoInstallation as error:
         typer.echo(f"blastdoor: {error}", err=True)
@@ -274,16 +289,17 @@ def _show_lines(
         typer.echo("a dry run; --apply does it")
 
 
-def _clusters_here(state_dir: Path, docker_host: str, capi_kubeconfig: Path | None) -> ClusterChoices:
+def _clusters_here(state_dir: Path, choices: ClusterChoices) -> ClusterChoices:
     """Only what this host has made clusters with: an engine that nobody uses need not answer."""
-    choices = _clusters("", docker_host, capi_kubeconfig)
     made = ("kind",) if (state_dir / "clusters").is_dir() else ()
-    return choices.model_copy(update={"provisioners": (*made, *(("capi",) if capi_kubeconfig is not None else ()))})
+    there = ("capi",) if choices.capi_kubeconfig is not None else ()
+    return choices.model_copy(update={"provisioners": (*made, *there)})
 
 
 def _no_driver(kind: BoundaryKind) -> str:
     if kind in DRIVERS:
-        return "this host does not offer it (BLASTDOOR_NAMESPACE_VARIANTS says what a worker offers)"
+        said = "CLUSTER_PROVISIONERS" if kind is BoundaryKind.CLUSTER else "NAMESPACE_VARIANTS"
+        return f"this host does not offer it (BLASTDOOR_{said} says what a worker offers)"
     return f"this version has no driver for {kind}"
 
 

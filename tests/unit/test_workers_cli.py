@@ -11,13 +11,16 @@ import pytest
 import structlog
 from typer.testing import CliRunner
 
-from service.core.boundary import BoundaryKind, Capabilities, Host
+from service.core.boundary import NO_CLUSTERS, BoundaryKind, Capabilities, Host
 from service.core.placement import OFFERS
+from service.settings import Settings
 from tests.factories import make_capabilities
 from tests.summary import ran
 from tests.sweep import swept
+from workers.app import Site
 from workers.boundaries.gvisor import probe
 from workers.cli import commands
+from workers.registry import DRIVERS, load
 
 ALL = {offer.boundary for offer in OFFERS}
 WITH_A_WALL = os.geteuid() == 0 and shutil.which("runsc") is not None
@@ -40,9 +43,8 @@ class Measured:
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("STATE_DIR", "RUNTIME_DIR", "RUNSC", "KUBECONFIG", "KUBE_IMAGE"):
-        name = f"BLASTDOOR_{name}"
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("BLASTDOOR_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "200")
     before = structlog.get_config()
     yield
@@ -138,6 +140,80 @@ def test_the_places_are_taken_from_the_environment(tmp_path: Path, monkeypatch: 
     (host,) = driver.hosts
     assert (host.runsc, host.state_dir, host.runtime_dir) == (Path("/opt/runsc"), tmp_path / "state", tmp_path / "run")
     assert host.installation == f"doctor{os.getpid()}", "a mark that no installation has"
+
+
+def of_clusters(folder: Path) -> dict[str, str]:
+    """Every variable that has to do with clusters, none as it is by itself."""
+    image, node = f"registry.example/run@sha256:{'0' * 64}", f"sha256:{'1' * 64}"
+    return {
+        "CLUSTER_PROVISIONERS": '["capi", "kind"]', "CLUSTER_IMAGES": json.dumps({"default": image}),
+        "CLUSTER_ARCHIVES": json.dumps([str(folder / "run.tar")]), "CLUSTERS_AT_ONCE": "7", "STANDBY_CLUSTERS": "3",
+        "KIND": str(folder / "kind"), "DOCKER": str(folder / "docker"), "DOCKER_HOST": "unix:///elsewhere.sock",
+        "KIND_NODE_IMAGE": node, "CAPI_KUBECONFIG": str(folder / "management"), "CAPI_NAMESPACE": "elsewhere",
+        "CAPI_TOPOLOGY": str(folder / "topology"), "CAPI_READY_S": "11", "NAMESPACE_VARIANTS": '["gvisor"]',
+    }  # fmt: skip
+
+
+def test_of_clusters_it_is_told_all_that_a_worker_with_the_same_environment_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = pretend(monkeypatch, make_capabilities())
+    for name, value in of_clusters(tmp_path).items():
+        monkeypatch.setenv(f"BLASTDOOR_{name}", value)
+
+    doctor(tmp_path, "--json")
+
+    (host,) = driver.hosts
+    worker = Site(Settings(), "inst0")
+    assert host.clusters == worker.clusters
+    assert host.namespace_variants == worker.namespace_variants == ("gvisor",)
+    as_it_is = {name for name, value in host.clusters if value == getattr(NO_CLUSTERS, name)}
+    assert as_it_is == set(), "each has a variable, and is set to something else here"
+
+
+def test_the_rows_of_clusters_are_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.cli.DRIVERS", {BoundaryKind.CLUSTER: DRIVERS[BoundaryKind.CLUSTER]})
+    monkeypatch.setenv("BLASTDOOR_STATE_DIR", str(tmp_path / "state"))
+    kind = tmp_path / "kind"
+    for name, value in of_clusters(tmp_path).items():
+        monkeypatch.setenv(f"BLASTDOOR_{name}", value)
+    said = []
+    for made in ("#!/bin/sh\nexit 1\n", "#!/bin/sh\necho kind v0.33.0 go1.25 linux/amd64\n"):
+        kind.write_text(made)
+        kind.chmod(0o755)
+        found = rows(doctor(tmp_path, "--json", code=3))
+        for row in load(BoundaryKind.CLUSTER, Site(Settings(), "inst0")).probe():
+            assert found[row.boundary] == json.loads(row.model_dump_json())
+        said.append([why for why in found["cluster/kind"]["missing"] if str(kind) in why])
+    assert [len(lines) for lines in said] == [1, 0], "it is that very program that was asked"
+
+
+def test_what_a_worker_is_not_told_to_offer_is_not_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.cli.DRIVERS", {BoundaryKind.CLUSTER: DRIVERS[BoundaryKind.CLUSTER]})
+    monkeypatch.setenv("BLASTDOOR_CAPI_KUBECONFIG", str(tmp_path / "management"))
+
+    unasked = rows(doctor(tmp_path, "--json", code=3))["cluster/capi"]["missing"]
+    assert unasked == ["this host does not offer it (BLASTDOOR_CLUSTER_PROVISIONERS says what a worker offers)"]
+    arguments = ("--json", "--capi-kubeconfig", str(tmp_path / "other"))
+    (asked, *_) = rows(doctor(tmp_path, *arguments, code=3))["cluster/capi"]["missing"]
+    assert asked.endswith(f"there is no file {tmp_path / 'other'}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("CLUSTERS_AT_ONCE", "0"), ("CLUSTER_IMAGES", "secret"), ("CLUSTERS_AT_ONSE", "2")]
+)
+def test_where_no_worker_could_start_it_says_which_variable_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    pretend(monkeypatch, make_capabilities())
+    monkeypatch.setenv(f"BLASTDOOR_{name}", value)
+    places = ["doctor", "--state", str(tmp_path), "--runtime-dir", str(tmp_path / "run")]
+
+    ended = CliRunner().invoke(commands, places)
+
+    assert ended.exit_code == 2
+    assert name.lower() in ended.stderr.lower()
+    assert "secret" not in ended.stderr
 
 
 @pytest.mark.skipif(not WITH_A_WALL, reason="needs root and runsc")

@@ -80,14 +80,14 @@ def _lacks(needs: Needs, *, within_s: float) -> Iterator[str]:
     version = _kind_version(needs.kind, within_s=within_s)
     since = ".".join(map(str, KIND_SINCE))
     if version is None:
-        yield f"kind at {needs.kind}: install {since} or later (kind.sigs.k8s.io)"
+        yield f"kind at {needs.kind}: install {since} or later (kind.sigs.k8s.io), or BLASTDOOR_KIND says where it is"
     elif version < KIND_SINCE:
         yield f"kind {since} or later: {needs.kind} is {'.'.join(map(str, version))}"
     yield from _inotify_lacks(needs)
     if not needs.engine.host.startswith("unix:///"):
         yield f"an engine on this host: BLASTDOOR_DOCKER_HOST is {needs.engine.host}, and no unix:// socket"
     elif not needs.engine.docker.is_file():
-        yield f"docker's command at {needs.engine.docker}: install docker-cli"
+        yield f"docker's command at {needs.engine.docker}: install docker-cli, or BLASTDOOR_DOCKER says where it is"
     elif needs.engine.docker.name != "docker":
         yield f"docker's command by its own name: kind looks for `docker` beside {needs.engine.docker}"
     else:
@@ -114,7 +114,7 @@ def _engine_lacks(needs: Needs, *, within_s: float) -> Iterator[str]:
     if about.memory_bytes < wanted:
         yield (
             f"memory for {needs.max_clusters} clusters of {needs.node.memory_bytes >> 20} MiB: this host has "
-            f"{about.memory_bytes >> 20} MiB; allow fewer or smaller ones"
+            f"{about.memory_bytes >> 20} MiB; allow fewer (BLASTDOOR_CLUSTERS_AT_ONCE)"
         )
 
 
