@@ -101,7 +101,7 @@ def _left_out(story: Mapping[str, Any]) -> str:
 def _wall(story: Mapping[str, Any]) -> str:
     placement, evidence = story["placement"], story["evidence"] or {}
     guarantees = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in placement["guarantees"].items())
-    seen = f"; seen: {evidence.get('runtime')} {evidence.get('runtime_version')}" if evidence else ""
+    seen = f"; seen: {evidence.get('runtime')} {evidence.get('runtime_version') or ''}".rstrip() if evidence else ""
     return f"{placement['boundary']}: {guarantees}{seen}"
 
 

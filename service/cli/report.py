@@ -122,3 +122,6 @@ def _evidence(evidence: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name.removesuffix('_bytes')} <= {bytes_text(value)}"
         else:
             yield f"{name} <= {value}"
+    if node := evidence.get("node"):
+        its = (f"{name} {node[name]}" for name in ("engine", "kubelet", "kernel") if node.get(name))
+        yield f"on a node with {', '.join(its)}"

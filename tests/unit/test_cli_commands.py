@@ -96,6 +96,14 @@ def test_a_run_is_summed_up_with_what_failed_and_the_wall_it_ran_in(bundle: Path
     assert max(map(len, shown.splitlines())) <= 80
 
 
+def test_of_a_pod_it_is_said_which_versions_are_the_nodes(bundle: Path) -> None:
+    node = {"name": "n", "engine": "containerd://2.1.4", "kernel": "6.18.0", "os": "x", "kubelet": "v1.36.0", "group": 1}
+    evidence = FAILED["evidence"] | {"runtime_version": None, "platform": None, "node": node}
+    shown = " ".join(_invoke("run", str(bundle), answer=_service({**FAILED, "evidence": evidence})).stdout.split())
+    assert "evidence runsc, network none, uid 65532" in shown, "a runtime's version that nobody knows is not shown"
+    assert "on a node with engine containerd://2.1.4, kubelet v1.36.0, kernel 6.18.0" in shown
+
+
 def test_what_the_guest_printed_neither_moves_the_cursor_nor_looks_like_ours(bundle: Path) -> None:
     shown = _invoke("runs", "show", ID, answer=_service(FAILED)).stdout
     assert "\x1b" not in shown

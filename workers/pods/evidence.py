@@ -1,8 +1,10 @@
 """What the wall is, read back from the API server after the pod runs; nothing of it is what we asked for.
 
     runtime, runtime_class    the RuntimeClass in the pod's spec, and its handler; "node default" without one
-    runtime_version, node     the pod's node: its container engine, kernel, operating system and kubelet, as its kubelet
-                              says (Node.status.nodeInfo), and the group that it is kept for (Node's label and taint)
+    runtime_version           null: the API server does not know which version of the handler's program a node has
+    node                      the pod's node: its container engine, which starts that program, kernel, operating system
+                              and kubelet, as its kubelet says (Node.status.nodeInfo), and the group that it is kept for
+                              (Node's label and taint)
     network                   "none" when the namespace's policy lets nothing pass, and our first process in this very
                               pod could not reach the listener that it must not reach
     policy                    that NetworkPolicy's uid, how often the listener was reached before, and for how long
@@ -74,7 +76,7 @@ def observe(pod: Pod, shut: Shut, *, at: datetime) -> Evidence:
     most = spec["containers"][0]["resources"]["limits"]
     return Evidence(
         runtime=handler or "node default",
-        runtime_version=node["containerRuntimeVersion"],
+        runtime_version=None,
         runtime_sha256=None,
         platform=None,
         network="none" if lets_nothing_pass(policy) else "open",
@@ -89,8 +91,8 @@ def observe(pod: Pod, shut: Shut, *, at: datetime) -> Evidence:
         observed_at=at,
         runtime_class=runtime_class,
         node={
-            "name": spec["nodeName"], "kernel": node["kernelVersion"], "os": node["osImage"],
-            "kubelet": node["kubeletVersion"], "group": kept_for(host),
+            "name": spec["nodeName"], "engine": node["containerRuntimeVersion"], "kernel": node["kernelVersion"],
+            "os": node["osImage"], "kubelet": node["kubeletVersion"], "group": kept_for(host),
         },
         policy={
             "uid": policy["metadata"]["uid"] if policy else None, "listener": shut.listener,
