@@ -97,7 +97,7 @@ def test_a_run_is_summed_up_with_what_failed_and_the_wall_it_ran_in(bundle: Path
 
 
 def test_of_a_pod_it_is_said_which_versions_are_the_nodes(bundle: Path) -> None:
-    node = {"name": "n", "engine": "containerd://2.1.4", "kernel": "6.18.0", "os": "x", "kubelet": "v1.36.0", "group": 1}
+    node = {"name": "n", "engine": "containerd://2.1.4", "kernel": "6.18.0", "os": "x", "kubelet": "v1.36.0"}
     evidence = FAILED["evidence"] | {"runtime_version": None, "platform": None, "node": node}
     shown = " ".join(_invoke("run", str(bundle), answer=_service({**FAILED, "evidence": evidence})).stdout.split())
     assert "evidence runsc, network none, uid 65532" in shown, "a runtime's version that nobody knows is not shown"
