@@ -217,6 +217,18 @@ def test_clusters_that_are_made_of_something_else_now_are_replaced(world: World)
         assert len(world.clusters.places.all()) == 1
 
 
+def test_a_run_gets_no_cluster_that_is_made_of_something_else_than_now(world: World) -> None:
+    world.standby = world.keeper(1, made_of="lock-down 1")
+    world.keep()
+    assert world.keeper(1, made_of="lock-down 2").claim(new_ref()) is None
+    for image in ("sha256:2", None):
+        world.clusters.image = image
+        assert world.standby.claim(new_ref()) is None, image
+    world.clusters.image = "sha256:1"
+    assert world.standby.standing().ready == 1, "it is left to whoever keeps them"
+    assert world.standby.claim(new_ref()), "the control"
+
+
 def test_those_that_are_too_many_are_ended_but_not_what_a_run_has(world: World) -> None:
     world.keep(2)
     run = new_ref()

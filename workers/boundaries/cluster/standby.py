@@ -92,11 +92,14 @@ class Standby:
                 self._end(place, why="nobody keeps it any more")
 
     def claim(self, ref: BoundaryRef) -> Path | None:
-        """-> kubeconfig of a cluster that is this run's from now on, or None when none is ready. The record of it is on
-        disk before it is used. Raises ProvisionFailed for what is not of this place, OSError."""
+        """-> kubeconfig of a cluster that is this run's from now on, or None when none is ready that is made of what it
+        would be made of now. The record of it is on disk before it is used. Raises ProvisionFailed for what is not of
+        this place, EngineFailed, OSError."""
         self._provisioner.accept(ref)
-        for place in sorted(self._unclaimed(), key=_oldest_first):
-            if not place.standby.exists() or not self._is_fresh(place) or not place.claim(ref):
+        ready = [place for place in self._unclaimed() if place.standby.exists() and self._is_fresh(place)]
+        record = self._record() if ready else None
+        for place in sorted(ready, key=_oldest_first):
+            if _record(place) != record or not place.claim(ref):
                 continue
             if self._provisioner.answers(place.kubeconfig):
                 self._places.count(_CLAIMED)
