@@ -24,6 +24,7 @@ from workers.boundaries.cluster.kind_render import (
     render_config,
     render_limits,
     render_network_options,
+    render_wall,
     step_of,
     unlabelled,
 )
@@ -56,8 +57,8 @@ def rendered(*, cgroup_v1: bool = False) -> str:
 def test_all_that_kind_and_the_engine_are_told() -> None:
     assert_golden("kind_config.json", documents(rendered()))
     network = {"name": network_name(ref_of().name, "inst0"), "labels": labels(ref_of())}
-    limits = render_limits(Node(cpus=1.5))
-    assert_golden("kind_engine.json", {**network, "options": list(render_network_options()), "limits": list(limits)})
+    told = {"options": render_network_options(), "limits": render_limits(Node(cpus=1.5)), "executed": render_wall()}
+    assert_golden("kind_engine.json", network | {name: list(words) for name, words in told.items()})
 
 
 def test_a_host_with_the_first_control_groups_is_the_only_difference_between_hosts() -> None:

@@ -147,6 +147,10 @@ class Engine:
         self._ask("exec", container, "ctr", "--namespace=k8s.io", "images", "import", there, within_s=_LOAD_S)
         self._ask("exec", container, "rm", there)
 
+    def execute(self, container: str, argv: Sequence[str]) -> None:
+        """Raises EngineFailed, also when the program fails."""
+        self._ask("exec", container, *argv)
+
     def limit(self, container: str, limits: Sequence[str]) -> None:
         """Raises EngineFailed."""
         self._ask("update", *limits, container)

@@ -6,6 +6,7 @@ Shown in each cluster, before the first step:
     runtime       our own program in the run's pod sees gVisor's kernel and not the node's
     PodSecurity, quota, admission    a pod that must fail is refused by each
     policy        our first process cannot reach the listener, and a pod that policy lets through can
+    strangers     the token that every cluster by kind is made with is nobody's
     own API       where the scenario has it: an object that only its policies refuse is refused to its account
 """
 
@@ -32,6 +33,7 @@ from service.core.boundary import Listener as StepListener
 from service.core.controls import Need
 from service.core.errors import BoundaryLost, ProvisionFailed
 from workers.boundaries.cluster.provisioners import Tell
+from workers.boundaries.cluster.stranger import KNOWN_TOKEN, answer
 from workers.kube import Cluster, Denied, Manifest, together
 from workers.kube.install import ENGINE, Choices, wanted
 from workers.pods.checks import handler_faults, kernel, refusals
@@ -41,6 +43,7 @@ from workers.pods.opening import Additions, Opening
 from workers.pods.own_api import (
     NAMESPACE,
     Endpoint,
+    network_with_own_api,
     own_api_cluster,
     own_api_environment,
     render_own_api,
@@ -55,6 +58,7 @@ RUNTIME_CLASS = "gvisor"
 _NODE_S = 240.0
 _SETTLE_S = 60.0
 _LOOK_S = 0.2
+_ANSWER_S = 10.0
 
 
 def common_prefix(images: Iterable[str]) -> str:
@@ -129,6 +133,7 @@ class Inside:
             additions = Additions(
                 walls=render_way_to_api(mine, api_endpoints=endpoints),
                 pod=lambda pod: with_own_api(pod, api_endpoints=endpoints),
+                told=lambda policies: network_with_own_api(policies, mine, api_endpoints=self.api_endpoints()),
             )
         tell("making the pod")
         pod = Opening(cluster=self.engine, listener=listener).make(
@@ -143,7 +148,7 @@ class Inside:
             if made is None:
                 raise BoundaryLost("the pod is not there any more")
             environment = own_api_environment(made, api_endpoints=endpoints)
-        return ClusterSandbox(pod, ref=ref, environment=environment, own_api=own_api)
+        return ClusterSandbox(pod, ref=ref, environment=environment)
 
     def api_endpoints(self) -> Sequence[Endpoint]:
         """As the cluster says itself. Raises ClusterError."""
@@ -178,9 +183,14 @@ class Inside:
                 listener.control,
             ]
         )
-        why = why_control or kernel(pod, RUNTIME_CLASS, nodes)
+        why = why_control or kernel(pod, RUNTIME_CLASS, nodes) or self._known_token()
         if why is not None:
             raise ProvisionFailed(f"the cluster does not keep what it must: {why}")
+
+    def _known_token(self) -> str | None:
+        """None when its bearer is nobody, or what it is told."""
+        status = answer(self.kubeconfig, "/api", token=KNOWN_TOKEN, within_s=_ANSWER_S)
+        return None if status == 401 else f"the bearer of a token that everybody knows is answered with {status}"
 
     def _insist_on_own_api(self, mine: BoundaryRef, cancelled: Cancellation) -> None:
         """A wall that the scenario's account may not take down: what it may write otherwise says that it is known."""
@@ -222,8 +232,8 @@ class Inside:
 class ClusterSandbox:
     """The run's pod, and what its cluster adds to it."""
 
-    def __init__(self, pod: PodSandbox, *, ref: BoundaryRef, environment: Mapping[str, str], own_api: bool) -> None:
-        self._pod, self._ref, self._environment, self._own_api = pod, ref, environment, own_api
+    def __init__(self, pod: PodSandbox, *, ref: BoundaryRef, environment: Mapping[str, str]) -> None:
+        self._pod, self._ref, self._environment = pod, ref, environment
 
     def upload(self, bundle: Bundle) -> None:
         self._pod.upload(bundle)
@@ -234,12 +244,9 @@ class ClusterSandbox:
         return self._pod.execute(told, listener=listener)
 
     def evidence(self) -> Evidence:
-        """As of a pod (workers/pods/evidence.py), and which cluster it is in; `network` says when the way to that
-        cluster's own API server is open, and no other."""
-        found = self._pod.evidence().model_dump() | {"cluster": f"{self._ref.kind}/{self._ref.variant}"}
-        if self._own_api:
-            found |= {"network": "own-api"}
-        return Evidence.model_validate(found)
+        """As of a pod (workers/pods/evidence.py), and which cluster it is in; `network` says "own-api"
+        when what stands is the way to that cluster's own API server, and no other."""
+        return self._pod.evidence().model_copy(update={"cluster": f"{self._ref.kind}/{self._ref.variant}"})
 
     def collect(self, patterns: Sequence[str], *, limits: ArtifactLimits, sink: ArtifactSink) -> Artifacts:
         return self._pod.collect(patterns, limits=limits, sink=sink)

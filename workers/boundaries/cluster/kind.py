@@ -5,19 +5,14 @@ the container's limits. Undoing goes by names and labels alone, from any process
 kind: what still makes the cluster is ended first. What the engine says exists is what exists.
 """
 
-import ssl
 import time
-from base64 import b64decode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import structlog
-import yaml
 
 from service.core.boundary import BoundaryKind, BoundaryRef, Cancellation
 from service.core.errors import NotYetDestroyed, ProvisionFailed
@@ -39,10 +34,12 @@ from workers.boundaries.cluster.kind_render import (
     render_config,
     render_limits,
     render_network_options,
+    render_wall,
     step_of,
     unlabelled,
 )
 from workers.boundaries.cluster.provisioners import Tell
+from workers.boundaries.cluster.stranger import answer
 from workers.proc import ProcessFailed, follow
 
 log = structlog.get_logger()
@@ -190,7 +187,7 @@ class KindProvisioner:
 
     def answers(self, kubeconfig: Path) -> bool:
         """Whether the API server says that it is ready."""
-        return api_is_ready(kubeconfig, within_s=_ANSWERS_S)
+        return answer(kubeconfig, "/readyz", within_s=_ANSWERS_S) == 200  # one of the three that it answers to anyone
 
     def _is_still(self, ref: BoundaryRef, name: str) -> bool:
         """A standby cluster is its own until it is claimed. To end one is to claim it for itself, so that no run
@@ -241,6 +238,7 @@ class KindProvisioner:
         self._run_kind(ref, place, image, cancelled, tell)
         for container in self._containers(ref.name):
             self._engine.limit(container, render_limits(self._host.node))
+            self._engine.execute(container, render_wall())
             for archive in self._host.archives:
                 self._engine.load(container, archive)
         place.kubeconfig.chmod(0o600)
@@ -307,21 +305,3 @@ class KindProvisioner:
 
 
 _OF_KIND = {PREFIX + "kind": BoundaryKind.CLUSTER.value, PREFIX + "variant": VARIANT}
-
-
-def api_is_ready(kubeconfig: Path, *, within_s: float) -> bool:
-    """As the cluster's own authority vouches for it. `/readyz` is one of the three that it answers to anyone."""
-    try:
-        (cluster,) = yaml.safe_load(kubeconfig.read_text())["clusters"]
-        address = urlsplit(cluster["cluster"]["server"])
-        trusted = ssl.create_default_context(
-            cadata=b64decode(cluster["cluster"]["certificate-authority-data"]).decode()
-        )
-        connection = HTTPSConnection(str(address.hostname), address.port, timeout=within_s, context=trusted)
-        try:
-            connection.request("GET", "/readyz")
-            return connection.getresponse().status == 200
-        finally:
-            connection.close()
-    except (OSError, HTTPException, KeyError, TypeError, ValueError, yaml.YAMLError):
-        return False

@@ -141,9 +141,16 @@ def render_config(node: Node, *, host_memory_bytes: int, cgroup_v1: bool) -> str
 
 
 def render_limits(node: Node) -> Sequence[str]:
-    """-> options of `docker update`: what the node's container may have of the host."""
+    """-> options of `docker update`: what the node's container may have of the host. It is not started again: what
+    came back would be a cluster without its wall (`render_wall`), and nobody's."""
     limits = [f"--memory={node.memory_bytes}", f"--memory-swap={node.memory_bytes}", f"--pids-limit={node.pids}"]
-    return limits if node.cpus is None else [*limits, f"--cpus={node.cpus:g}"]
+    return [*limits, "--restart=no"] if node.cpus is None else [*limits, "--restart=no", f"--cpus={node.cpus:g}"]
+
+
+def render_wall() -> Sequence[str]:
+    """-> what is executed in a node to set the rules that hold beside network policy."""
+    cluster = _template("cluster")
+    return ["sh", "-c", (FOLDER / "kind" / "wall.sh").read_text("utf-8"), "sh", cluster["networking"]["podSubnet"]]
 
 
 def step_of(line: str) -> str | None:
