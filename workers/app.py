@@ -8,6 +8,7 @@ import fcntl
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,6 +54,9 @@ _JUST_HEARD_S = 0.2
 
 log = structlog.get_logger()
 _KEEP_S = 1.0
+_LOOK_S = 0.1
+_END_S = 12.0
+"""Of a reaper that is told to end: whoever tells it kills it after 20 s (`blastdoor up`)."""
 T = TypeVar("T")
 
 
@@ -325,7 +329,8 @@ def _scraped(pool: PoolMetrics, asked: str) -> type[Any]:
 
 
 def run_reaper(settings: Settings) -> int:
-    """Reconcile and sweep on a timer until SIGTERM or SIGINT, then once more. Returns 0."""
+    """Reconcile and sweep on a timer until SIGTERM or SIGINT, then once more. Returns 0; what waits for something that
+    resists is given up by then, since whoever comes next finds it by its labels, and ends with the process."""
     configure(settings.log_level, program="reaper")
     own_the_streams()
     say_unknown(unknown_names())
@@ -352,17 +357,30 @@ def run_reaper(settings: Settings) -> int:
         for boundary in parts.boundaries.values()
         if isinstance(boundary, Keeping)
     ]
-    for keeper in keepers:
-        keeper.start()
-    while not stop.is_set():
+
+    def reap() -> None:
+        while not stop.is_set():
+            housekeep(parts, reaper, runs, metrics)
+            due = time.monotonic() + settings.housekeeping_s
+            while (left_s := due - time.monotonic()) > 0 and not stop.wait(min(settings.orders_poll_s, left_s)):
+                _passed(reaper.attend)
+        for keeper in keepers:
+            keeper.join()
         housekeep(parts, reaper, runs, metrics)
-        due = time.monotonic() + settings.housekeeping_s
-        while (left_s := due - time.monotonic()) > 0 and not stop.wait(min(settings.orders_poll_s, left_s)):
-            _passed(reaper.attend)
-    for keeper in keepers:
-        keeper.join()
-    housekeep(parts, reaper, runs, metrics)
-    return 0
+
+    reaping = threading.Thread(target=reap, name="reap")
+    for thread in (*keepers, reaping):
+        thread.start()
+    while not stop.is_set() and reaping.is_alive():  # not by waiting for `stop`: its lock is what the handler takes
+        time.sleep(_LOOK_S)
+    crashed = not stop.is_set()
+    stop.set()
+    reaping.join(_END_S)
+    if reaping.is_alive():
+        log.warning("something resists as the reaper ends; the next one goes on")
+        sys.stdout.flush()
+        os._exit(0)  # its threads hold nothing that must be given back, and would be waited for
+    return int(crashed)
 
 
 def _keep(boundary: Keeping, stop: threading.Event, metrics: ReaperMetrics) -> None:
