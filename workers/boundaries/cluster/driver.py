@@ -6,6 +6,7 @@ What was to be shown once in a shared cluster is shown in each of these before t
 cluster's administrator is this worker, whose kubeconfig no guest sees. Undoing is the provisioner's: it takes all.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,7 +31,7 @@ from service.core.failpoints import Failpoint, reach
 from workers.boundaries.cluster.capi import CapiHost, CapiProvisioner
 from workers.boundaries.cluster.inside import Inside, common_prefix, get_ready
 from workers.boundaries.cluster.kind import KindHost, KindProvisioner
-from workers.boundaries.cluster.provisioners import Provisioner, Tell
+from workers.boundaries.cluster.provisioners import NoRoom, Provisioner, Tell
 from workers.boundaries.cluster.standby import Standby
 from workers.kube import ClusterError
 from workers.pods.render import hashed
@@ -38,6 +39,10 @@ from workers.pods.render import hashed
 log = structlog.get_logger()
 
 GIVES = frozenset({Need.KUBERNETES_API})
+PATIENCE_S = 60.0
+"""A run that just ended may still have its cluster, and one may be in the making that nobody has asked for: for so long
+one of them is waited for."""
+_LOOK_S = 1.0
 _NO_MANAGEMENT = "a management cluster of Cluster API: BLASTDOOR_CAPI_KUBECONFIG names one"
 _NO_IMAGES = "images of its runtimes, by digest: BLASTDOOR_CLUSTER_IMAGES names them, or BLASTDOOR_KUBE_IMAGE the one"
 
@@ -89,7 +94,7 @@ class ClusterBoundary:
     def telling(self, tell: Tell) -> Boundary:
         return ClusterBoundary(
             installation=self._installation, site=self._site, images=self._images, standby=self._standby, tell=tell,
-            provisioners=list(self._provisioners.values()),
+            provisioners=list(self._provisioners.values()), without=self._without,
         )  # fmt: skip
 
     def keep(self, *, cancelled: Cancellation) -> None:
@@ -186,14 +191,27 @@ class ClusterBoundary:
         return self._provisioners[ref.variant], self._images[spec.runtime]
 
     def _make(self, provisioner: Provisioner, spec: BoundarySpec, ref: BoundaryRef, cancelled: Cancellation) -> Inside:
-        """Raises ProvisionFailed, BoundaryLost, ClusterError."""
-        kubeconfig = None
-        if self._standby is not None and isinstance(provisioner, KindProvisioner):
-            kubeconfig = self._standby.claim(ref)
-        if kubeconfig is not None:
-            self._tell("a standby cluster was claimed")
-            return Inside.of_ready(kubeconfig, self._images)
-        kubeconfig = provisioner.create(ref, cancelled=cancelled, tell=self._tell)
+        """A cluster that is kept ready, or one of its own; when there is neither, whichever comes first. Raises
+        ProvisionFailed, BoundaryLost, ClusterError."""
+        deadline, told = time.monotonic() + PATIENCE_S, False
+        while True:
+            if self._standby is not None and isinstance(provisioner, KindProvisioner):
+                kubeconfig = self._standby.claim(ref)
+                if kubeconfig is not None:
+                    self._tell("a standby cluster was claimed")
+                    return Inside.of_ready(kubeconfig, self._images)
+            try:
+                kubeconfig = provisioner.create(ref, cancelled=cancelled, tell=self._tell)
+                break
+            except NoRoom:
+                if time.monotonic() > deadline:
+                    raise
+            if cancelled.is_set():
+                raise ProvisionFailed("cancelled while it waited for another cluster to go")
+            if not told:
+                self._tell("waiting for another cluster to go")
+                told = True
+            time.sleep(_LOOK_S)
         reach(Failpoint.OPEN_HALF_CREATED)
         self._tell("getting the cluster ready")
         return get_ready(kubeconfig, self._images, cancelled=cancelled)
