@@ -13,7 +13,7 @@ from service.core.errors import NotYetDestroyed, ProvisionFailed
 from tests.unit.test_kind_places import new_ref
 from workers.boundaries.cluster.kind import KindHost, KindProvisioner
 from workers.boundaries.cluster.kind_render import STANDBY
-from workers.boundaries.cluster.provisioners import Tell
+from workers.boundaries.cluster.provisioners import NoRoom, Tell
 from workers.boundaries.cluster.standby import LIFETIME, Standby, Standing
 from workers.proc import ProcessFailed
 
@@ -36,9 +36,11 @@ class PaperProvisioner(KindProvisioner):
         self.room = 9
         self.image: str | None = "sha256:1"
 
-    def create(self, ref: BoundaryRef, *, cancelled: Cancellation, tell: Tell, patience_s: float = 30) -> Path:
+    def create(self, ref: BoundaryRef, *, cancelled: Cancellation, tell: Tell) -> Path:
         if self.failing:
             raise ProvisionFailed("no")
+        if not self.has_room():
+            raise NoRoom("no more are allowed at once")
         self.places.place(ref.name).make(ref)
         self.made.append(ref)
         place = self.places.place(ref.name)

@@ -38,14 +38,12 @@ from workers.boundaries.cluster.kind_render import (
     step_of,
     unlabelled,
 )
-from workers.boundaries.cluster.provisioners import Tell
+from workers.boundaries.cluster.provisioners import NoRoom, Tell
 from workers.boundaries.cluster.stranger import answer
 from workers.proc import ProcessFailed, follow
 
 log = structlog.get_logger()
 
-PATIENCE_S = 30.0
-"""A run that just ended may still have its cluster: for so long its place is waited for."""
 _PATIENT_S = 20.0
 _CREATE_S = 300.0
 _CLEAR_S = 20.0
@@ -117,9 +115,9 @@ class KindProvisioner:
     def versions(self) -> Mapping[str, str]:
         return versions(self._needs)
 
-    def create(self, ref: BoundaryRef, *, cancelled: Cancellation, tell: Tell, patience_s: float = PATIENCE_S) -> Path:
-        """`patience_s`: for so long a place is waited for when all are taken. When it returns the API server answers;
-        the node may still be getting ready."""
+    def create(self, ref: BoundaryRef, *, cancelled: Cancellation, tell: Tell) -> Path:
+        """When it returns the API server answers; the node may still be getting ready. It waits for no place: whoever
+        asks may be given one by other means. Raises NoRoom at once, ProvisionFailed."""
         self.accept(ref)
         if cancelled.is_set():
             raise ProvisionFailed("not wanted any more, before anything was made")
@@ -127,7 +125,7 @@ class KindProvisioner:
             raise ProvisionFailed("this host cannot make a cluster now: " + "; ".join(missing))
         try:
             self._places.make()
-            self._take_place(ref, cancelled, tell, patience_s=patience_s)
+            self._take_place(ref)
         except (EngineFailed, OSError) as error:  # above all: the name is taken, and what has it is not ours to undo
             raise ProvisionFailed(f"the cluster's network could not be made: {error}") from error
         try:
@@ -206,25 +204,17 @@ class KindProvisioner:
         mine = {PREFIX + "managed": "true", PREFIX + "installation": self._host.installation}
         return [one.labels for one in self._engine.networks(labels=mine | _OF_KIND, read=LABELS)]
 
-    def _take_place(self, ref: BoundaryRef, cancelled: Cancellation, tell: Tell, *, patience_s: float) -> None:
-        """Under the cap the network is made: from then on it counts. Raises ProvisionFailed, EngineFailed, OSError."""
-        most, deadline, told = self._host.max_clusters, time.monotonic() + patience_s, False
-        while True:
-            with self._places.locked("cap"):
-                if self.has_room():
-                    name = network_name(ref.name, ref.installation)
-                    if self._engine.has_network(name):
-                        raise ProvisionFailed(f"there is a network {name} already")
-                    self._engine.create_network(name, labels=labels(ref), options=render_network_options())
-                    return
-            if cancelled.is_set():
-                raise ProvisionFailed("cancelled while it waited for another cluster to go")
-            if time.monotonic() > deadline:
-                raise ProvisionFailed(f"there are {most} clusters on this host, and no more are allowed at once")
-            if not told:
-                tell("waiting for another cluster to go")
-                told = True
-            time.sleep(_LOOK_S)
+    def _take_place(self, ref: BoundaryRef) -> None:
+        """Under the cap the network is made: from then on it counts. Raises NoRoom, ProvisionFailed, EngineFailed,
+        OSError."""
+        most = self._host.max_clusters
+        with self._places.locked("cap"):
+            if not self.has_room():
+                raise NoRoom(f"there are {most} clusters on this host, and no more are allowed at once")
+            name = network_name(ref.name, ref.installation)
+            if self._engine.has_network(name):
+                raise ProvisionFailed(f"there is a network {name} already")
+            self._engine.create_network(name, labels=labels(ref), options=render_network_options())
 
     def _make(self, ref: BoundaryRef, cancelled: Cancellation, tell: Tell) -> Path:
         """Raises ProvisionFailed, EngineFailed, ProcessFailed, OSError."""

@@ -5,9 +5,14 @@ from pathlib import Path
 from typing import Protocol
 
 from service.core.boundary import BoundaryRef, Cancellation
+from service.core.errors import ProvisionFailed
 
 Tell = Callable[[str], None]
 """Takes one short line of progress: "preparing nodes"."""
+
+
+class NoRoom(ProvisionFailed):
+    """As many clusters as are allowed are there, and nothing was made: it may be asked again when one has gone."""
 
 
 class Provisioner(Protocol):
@@ -30,7 +35,8 @@ class Provisioner(Protocol):
 
     def create(self, ref: BoundaryRef, *, cancelled: Cancellation, tell: Tell) -> Path:
         """-> kubeconfig of the new cluster's administrator, mode 0600, in a directory that `destroy` removes. Raises
-        ProvisionFailed, also when cancelled; whatever fails leaves nothing, or what `destroy` then removes."""
+        ProvisionFailed, also when cancelled; whatever fails leaves nothing, or what `destroy` then removes. Raises
+        NoRoom when all places are taken, which the caller may wait out."""
         ...
 
     def discover(self) -> Iterator[BoundaryRef]:

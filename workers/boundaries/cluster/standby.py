@@ -194,7 +194,7 @@ class Standby:
             return
         started = time.monotonic()
         try:
-            kubeconfig = self._provisioner.create(ref, cancelled=cancelled, tell=lambda _: None, patience_s=0)
+            kubeconfig = self._provisioner.create(ref, cancelled=cancelled, tell=lambda _: None)
             self._prepare(kubeconfig)
             self._provisioner.places.place(ref.name).say_ready(record)
         except BaseException as error:

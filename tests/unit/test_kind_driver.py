@@ -1,0 +1,143 @@
+"""What boundary `cluster` does around a cluster by kind: it claims or makes one, waits for a place, and lets go of it.
+Clusters here are directories, and nobody is inside; tests/cluster has real ones."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.core.boundary import BoundaryRef, BoundarySpec
+from service.core.controls import Limits, Network
+from service.core.errors import ProvisionFailed
+from tests.unit.test_kind_places import new_ref
+from tests.unit.test_kind_standby import START, Never, PaperProvisioner
+from workers.boundaries.cluster import driver
+from workers.boundaries.cluster.driver import PATIENCE_S, ClusterBoundary
+from workers.boundaries.cluster.kind_render import STANDBY
+from workers.boundaries.cluster.provisioners import NoRoom
+from workers.boundaries.cluster.standby import Standby
+
+IMAGES = {"default": f"registry.example/run@sha256:{'0' * 64}"}
+SPEC = BoundarySpec(limits=Limits(), network=Network(mode="none"))
+
+
+class Clock:
+    """Goes on while somebody sleeps, and no faster; then `meanwhile` happens."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.meanwhile()
+
+
+class PaperInside:
+    """Stands in for `inside.Inside`, and for the sandbox in it."""
+
+    def __init__(self, kubeconfig: Path) -> None:
+        self.kubeconfig = kubeconfig
+        self.is_closed = False
+
+    def open(self, *_: Any, **__: Any) -> "PaperInside":
+        return self
+
+    def end(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Site:
+    def __init__(self, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clusters, self.clock, self.told = PaperProvisioner(state), Clock(), list[str]()
+        self.clusters.places.make()
+        self.standby = Standby(self.clusters, wanted=1, prepare=lambda _: None, now=lambda: START)
+        self.boundary = ClusterBoundary(
+            installation="inst0", site="here", images=IMAGES, provisioners=[self.clusters], standby=self.standby,
+            tell=self.told.append,
+        )  # fmt: skip
+        self.insides: list[PaperInside] = []
+        monkeypatch.setattr(driver, "time", self.clock)
+        monkeypatch.setattr(driver, "get_ready", self._inside)
+        monkeypatch.setattr(driver.Inside, "of_ready", self._inside)
+
+    def _inside(self, kubeconfig: Path, images: object, **_: object) -> PaperInside:
+        self.insides.append(PaperInside(kubeconfig))
+        return self.insides[-1]
+
+    def begin(self, *, tenant: str) -> BoundaryRef:
+        """A cluster that takes a place: another run's, or one of nobody that is still being made."""
+        ref = new_ref(tenant=tenant).model_copy(update={"expires_at": START + timedelta(hours=1)})
+        self.clusters.create(ref, cancelled=Never(), tell=print)
+        return ref
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    return Site(tmp_path / "state", monkeypatch)
+
+
+def test_a_run_that_waits_for_a_place_takes_the_standby_cluster_that_gets_ready_meanwhile(site: Site) -> None:
+    site.clusters.room = 1
+    place = site.clusters.places.place(site.begin(tenant=STANDBY).name)
+    record = site.standby._record()
+    assert record is not None
+
+    def finish() -> None:
+        if site.clock.now_s >= PATIENCE_S / 2 and not place.standby.exists():
+            place.say_ready(record)
+
+    site.clock.meanwhile = finish
+    run = new_ref()
+    with site.boundary.open(SPEC, run, cancelled=Never()):
+        assert list(site.clusters.discover()) == [run]
+        assert site.insides[0].kubeconfig == place.kubeconfig
+    assert site.told == ["waiting for another cluster to go", "a standby cluster was claimed"]
+
+
+def test_a_run_makes_its_own_cluster_as_soon_as_another_has_gone(site: Site) -> None:
+    site.clusters.room = 1
+    other, run = site.begin(tenant="acme"), new_ref()
+
+    def end() -> None:
+        if site.clock.now_s > 5:
+            site.clusters.destroy(other)
+
+    site.clock.meanwhile = end
+    with site.boundary.open(SPEC, run, cancelled=Never()):
+        assert list(site.clusters.discover()) == [run]
+        assert 5 < site.clock.now_s < 8
+    assert site.told == ["waiting for another cluster to go", "getting the cluster ready"]
+
+
+def test_a_run_waits_for_a_place_for_so_long_and_no_longer(site: Site) -> None:
+    site.clusters.room = 1
+    other = site.begin(tenant="acme")
+    with pytest.raises(NoRoom), site.boundary.open(SPEC, new_ref(), cancelled=Never()):
+        raise AssertionError
+    assert PATIENCE_S <= site.clock.now_s < PATIENCE_S + 5
+    assert list(site.clusters.discover()) == [other]
+
+
+def test_a_run_that_is_cancelled_waits_for_no_place(site: Site) -> None:
+    site.clusters.room = 1
+    site.begin(tenant="acme")
+
+    class Soon:
+        def is_set(self) -> bool:
+            return site.clock.now_s > 3
+
+    with (
+        pytest.raises(ProvisionFailed, match="cancelled while it waited for another cluster to go"),
+        site.boundary.open(SPEC, new_ref(), cancelled=Soon()),
+    ):
+        raise AssertionError
+    assert site.clock.now_s < 6
