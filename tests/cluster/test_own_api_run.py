@@ -181,15 +181,23 @@ def test_the_pod_reaches_its_api_server_and_nothing_else(run: Run, ears: Ears, o
     command = REACH % " ".join(targets)
     assert run.said(command).split() == ["REACHED", f"{api[0]}:{api[1]}"]
     assert not ears.heard("tcp")
+    assert _observed(run) == "own-api"
     everything = make("NetworkPolicy", "networking.k8s.io/v1", "control", run.namespace, spec={
         "podSelector": {}, "policyTypes": ["Egress"], "egress": [{}]})  # fmt: skip
     run.inside.engine.apply(everything)
     try:
+        assert _observed(run) == "open", "what is observed is told, and not what was asked for"
         eventually(lambda: [one for one in targets if one not in run.said(command)] == [],
                    lambda: run.said(command), 60)  # fmt: skip
     finally:
         run.own.admin.delete("NetworkPolicy", "control", run.namespace)
     eventually(lambda: run.said(command).split() == ["REACHED", f"{api[0]}:{api[1]}"], lambda: run.said(command), 60)
+
+
+def _observed(run: Run) -> str | None:
+    """What its evidence says of the network. A run looks once, this here each time."""
+    run.sandbox._pod._evidence = None
+    return run.sandbox.evidence().network
 
 
 def test_a_pod_that_the_scenario_makes_reaches_no_more(run: Run, image: str, other: str) -> None:

@@ -10,16 +10,18 @@ from tests.sandboxes import MIB, make_ref, make_spec
 from workers.kube import Manifest
 from workers.kube.lint import Admission, pod_faults
 from workers.kube.manifests import placeholders
+from workers.pods.evidence import network
 from workers.pods.own_api import (
     FOLDER,
     KUBECONFIG,
+    network_with_own_api,
     own_api_cluster,
     own_api_environment,
     render_own_api,
     render_way_to_api,
     with_own_api,
 )
-from workers.pods.render import labels, render_pod
+from workers.pods.render import labels, render_namespace, render_pod
 
 pytestmark = pytest.mark.unit
 IMAGE = f"registry.example/run@sha256:{'0' * 64}"
@@ -45,6 +47,46 @@ def test_nothing_is_left_to_be_filled_in() -> None:
     made = [*cluster_wide(), *render_own_api(ref(), SPEC, api_endpoints=AT)]
     made += render_way_to_api(ref(), api_endpoints=AT)
     assert [one["metadata"]["name"] for one in made if placeholders(one)] == []
+
+
+def policies(**egress: Any) -> list[Manifest]:
+    """As a namespace of a run with an API has them; of the way out, `egress` is what is written instead."""
+    (way,) = render_way_to_api(ref(), api_endpoints=AT)
+    (deny,) = (one for one in render_namespace(ref(), SPEC) if one["kind"] == "NetworkPolicy")
+    return [way | {"spec": way["spec"] | egress}, deny]
+
+
+EVERYTHING = {"metadata": {"name": "control"}, "spec": {"podSelector": {}, "policyTypes": ["Egress"], "egress": [{}]}}
+
+
+def test_only_the_way_to_the_api_server_beside_the_default_is_called_so() -> None:
+    at, backwards = AT, AT[::-1]
+    way, deny = policies()
+    elsewhere = [way["spec"]["egress"][0], {"to": [{"ipBlock": {"cidr": "10.30.0.3/32"}}]}]
+    for found, endpoints, word in [
+        ([way, deny], at, "own-api"),
+        ([deny, way], backwards, "own-api"),
+        ([deny], at, "none"),
+        ([], at, "open"),
+        ([way], at, "open"),
+        ([way, deny, EVERYTHING], at, "open"),
+        ([deny, EVERYTHING], at, "open"),
+        ([way, deny], at[:1], "open"),
+        ([way, deny | {"spec": deny["spec"] | {"policyTypes": ["Ingress"]}}], at, "open"),
+        (policies(egress=[{}]), at, "open"),
+        (policies(egress=elsewhere), at, "open"),
+        (policies(egress=None), at, "open"),
+        (policies(ingress=[{}], policyTypes=["Ingress", "Egress"]), at, "open"),
+        (policies(podSelector={"matchLabels": {"a": "b"}}), at, "open"),
+    ]:
+        assert network_with_own_api(found, ref(), api_endpoints=endpoints) == word, found
+
+
+def test_a_pod_without_an_api_has_no_network_while_its_namespace_has_the_default_alone() -> None:
+    way, deny = policies()
+    assert [network(found) for found in ([deny], [], [way], [deny, way], [deny, EVERYTHING])] == [
+        "none", "open", "open", "open", "open"
+    ]  # fmt: skip
 
 
 def test_a_way_leads_to_each_address_of_the_api_server_at_its_port_and_nowhere_else() -> None:

@@ -5,8 +5,8 @@
     node                      the pod's node: its container engine, which starts that program, kernel, operating system
                               and kubelet, as its kubelet says (Node.status.nodeInfo), and the group that it is kept for
                               (Node's label and taint)
-    network                   "none" when the namespace's policy lets nothing pass, and our first process in this very
-                              pod could not reach the listener that it must not reach
+    network                   "none" when the namespace's policy lets nothing pass and it has no other, and our first
+                              process in this very pod could not reach the listener that it must not reach
     policy                    that NetworkPolicy's uid, how often the listener was reached before, and for how long
     limits, uid, pod_spec     the pod's spec as it was admitted, amounts as numbers (disk: the volume for the guest's
                               files; ephemeral storage: what else may lie on its node; seconds: of life); the digest is
@@ -22,7 +22,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from fractions import Fraction
@@ -33,6 +33,8 @@ from workers.kube import Cluster, ClusterError, Manifest, together
 from workers.pods.nodes import kept_for
 from workers.pods.pod import Pod
 
+DEFAULT = "default-deny"
+"""The policy of every namespace of ours."""
 _OURS = "blastdoor-"
 _QUANTITY = re.compile(r"(\d+\.?\d*(?:[eE][+-]?\d{1,3})?)(|[num]|[kMGTPE]|[KMGTPE]i)", re.ASCII)
 _TIMES = (
@@ -52,18 +54,24 @@ class Shut:
     seconds: float
 
 
-def observe(pod: Pod, shut: Shut, *, at: datetime) -> Evidence:
-    """Raises ClusterError, also when the pod is gone."""
+def network(policies: Sequence[Manifest]) -> str:
+    """What all policies of a namespace let pass together: "none" or "open"."""
+    (only,) = policies if len(policies) == 1 else (None,)
+    return "none" if lets_nothing_pass(only) else "open"
+
+
+def observe(pod: Pod, shut: Shut, *, at: datetime, told: Callable[[Sequence[Manifest]], str] = network) -> Evidence:
+    """`told`: a word for what the policies of the pod's namespace let pass. Raises ClusterError, also when the pod is
+    gone."""
     cluster = pod.cluster
     found = _there(pod.read(), f"pod {pod.name}")
     spec = found["spec"]
     runtime_class = spec.get("runtimeClassName")
     read = partial(partial, cluster.get)
-    host_, namespace_, policy, class_ = together(
+    host_, namespace_, class_ = together(
         [
             read("Node", spec["nodeName"]),
             read("Namespace", pod.namespace),
-            read("NetworkPolicy", "default-deny", pod.namespace),
             read("RuntimeClass", runtime_class) if runtime_class is not None else lambda: None,
         ]
     )
@@ -73,13 +81,15 @@ def observe(pod: Pod, shut: Shut, *, at: datetime) -> Evidence:
     handler = None
     if runtime_class is not None:
         handler = _there(class_, f"RuntimeClass {runtime_class}")["handler"]
+    policies = cluster.list("NetworkPolicy", pod.namespace)
+    policy = next((one for one in policies if one["metadata"]["name"] == DEFAULT), None)
     most = spec["containers"][0]["resources"]["limits"]
     return Evidence(
         runtime=handler or "node default",
         runtime_version=None,
         runtime_sha256=None,
         platform=None,
-        network="none" if lets_nothing_pass(policy) else "open",
+        network=told(policies),
         limits={
             "memory_bytes": math.ceil(amount(most["memory"])),
             "cpu": amount(most["cpu"]),

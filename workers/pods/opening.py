@@ -18,7 +18,7 @@ from service.core.boundary import BoundaryRef, BoundarySpec, Cancellation
 from service.core.errors import BoundaryLost, ProvisionFailed
 from service.core.failpoints import Failpoint, reach
 from workers.kube import PREFIX, Cluster, Denied, Manifest, Taken, together
-from workers.pods.evidence import Shut, lets_nothing_pass
+from workers.pods.evidence import DEFAULT, Shut, lets_nothing_pass, network
 from workers.pods.listener import Listener, create
 from workers.pods.nodes import kept_for
 from workers.pods.pod import Pod
@@ -49,10 +49,11 @@ class NameTaken(ProvisionFailed):
 @dataclass(frozen=True, kw_only=True)
 class Additions:
     """What one kind of boundary gives a run beyond the common walls: `walls` are applied after them and before the
-    pod, which `pod` may change."""
+    pod, which `pod` may change. `told`: the evidence's word for what all policies of the namespace let pass."""
 
     walls: Sequence[Manifest] = ()
     pod: Callable[[Manifest], Manifest] = lambda manifest: manifest
+    told: Callable[[Sequence[Manifest]], str] = network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +90,11 @@ class Opening:
         times, seconds = pod.await_shut(cancelled)
         if not self.listener.is_there(address):  # then that it could not be reached shows nothing
             raise BoundaryLost("the listener for the check of network policy went away meanwhile")
-        if not lets_nothing_pass(self.cluster.get("NetworkPolicy", "default-deny", pod.namespace)):
+        if not lets_nothing_pass(self.cluster.get("NetworkPolicy", DEFAULT, pod.namespace)):
             raise BoundaryLost("the namespace's network policy is not what was applied")
         log.info("pod_ready", run_id=ref.run_id, fence=ref.fence, reached_before=times, shut_after_s=seconds)
         shut = Shut(f"{address}:{LISTENER_PORT}", times, seconds)
-        return PodSandbox(spec, pod=pod, shut=shut, cancelled=cancelled)
+        return PodSandbox(spec, pod=pod, shut=shut, cancelled=cancelled, told=additions.told)
 
     def _create(self, manifest: Manifest, opened: Mapping[str, str]) -> Manifest:
         """Raises NameTaken, ClusterError."""

@@ -21,6 +21,7 @@ from typing import Any
 
 from service.core.boundary import BoundaryRef, BoundarySpec
 from workers.kube import PREFIX, Manifest, filled, placeholders, templates
+from workers.pods.evidence import network
 from workers.pods.render import namespace_name
 
 Endpoint = tuple[str, int]
@@ -100,6 +101,23 @@ def render_own_api(ref: BoundaryRef, spec: BoundarySpec, *, api_endpoints: Seque
 def render_way_to_api(ref: BoundaryRef, *, api_endpoints: Sequence[Endpoint]) -> Sequence[Manifest]:
     """What the engine applies in the run's own namespace, before the pod."""
     return _filled("own-api/run", {"namespace": namespace_name(ref), "egress": _to(api_endpoints)})
+
+
+def network_with_own_api(policies: Sequence[Manifest], ref: BoundaryRef, *, api_endpoints: Sequence[Endpoint]) -> str:
+    """What all policies of the run's own namespace let pass together, as they were read back: "own-api" for the way to
+    that API server at its addresses of now and no other, else the word for a pod without one."""
+    (way,) = render_way_to_api(ref, api_endpoints=api_endpoints)
+    found = {one["metadata"]["name"]: one for one in policies}
+    mine = found.pop(way["metadata"]["name"], None)
+    if mine is not None and _rules(mine) == _rules(way) and network([*found.values()]) == "none":
+        return "own-api"
+    return network(policies)
+
+
+def _rules(policy: Manifest) -> Manifest:
+    """In whichever order the API server has its addresses."""
+    spec: Manifest = policy["spec"]
+    return {**spec, "egress": sorted(json.dumps(one, sort_keys=True) for one in spec.get("egress") or ())}
 
 
 def with_own_api(pod: Manifest, *, api_endpoints: Sequence[Endpoint]) -> Manifest:

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import IO
 
@@ -23,9 +23,9 @@ from service.core.boundary import (
 )
 from service.core.errors import BoundaryError, BoundaryLost, BundleRejected, ProvisionFailed
 from service.intake.archive import ArchiveCaps, lay_out
-from workers.kube import ClusterError
+from workers.kube import ClusterError, Manifest
 from workers.pods.collect import collect
-from workers.pods.evidence import Shut, observe
+from workers.pods.evidence import Shut, network, observe
 from workers.pods.pod import Pod, shown
 from workers.pods.protocol import incoming_directory, incoming_end, incoming_file
 from workers.pods.steps import Guest, play
@@ -39,8 +39,12 @@ _CHUNK = 256 * 1024
 class PodSandbox:
     """Valid within its `with` block. Not for use by two threads."""
 
-    def __init__(self, spec: BoundarySpec, *, pod: Pod, shut: Shut, cancelled: Cancellation) -> None:
-        self._spec, self._pod, self._shut = spec, pod, shut
+    def __init__(
+        self, spec: BoundarySpec, *, pod: Pod, shut: Shut, cancelled: Cancellation,
+        told: Callable[[Sequence[Manifest]], str] = network,
+    ) -> None:  # fmt: skip
+        """`told`: of `workers.pods.evidence.observe`."""
+        self._spec, self._pod, self._shut, self._told = spec, pod, shut, told
         self._cancelled = cancelled
         self._evidence: Evidence | None = None
         self._first_step_at: float | None = None
@@ -91,7 +95,7 @@ class PodSandbox:
         observed."""
         if self._evidence is None:
             try:
-                self._evidence = observe(self._pod, self._shut, at=datetime.now(UTC))
+                self._evidence = observe(self._pod, self._shut, at=datetime.now(UTC), told=self._told)
             except ClusterError as error:
                 raise BoundaryLost(f"the pod could not be observed: {error}") from error
         return self._evidence

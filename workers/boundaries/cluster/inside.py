@@ -244,8 +244,8 @@ class ClusterSandbox:
         return self._pod.execute(told, listener=listener)
 
     def evidence(self) -> Evidence:
-        """As of a pod (workers/pods/evidence.py), and which cluster it is in; `network` says "own-api"
-        when what stands is the way to that cluster's own API server, and no other."""
+        """As of a pod (workers/pods/evidence.py), and which cluster it is in; `network` says "own-api" when
+        what was observed is the way to that cluster's own API server, and no other."""
         return self._pod.evidence().model_copy(update={"cluster": f"{self._ref.kind}/{self._ref.variant}"})
 
     def collect(self, patterns: Sequence[str], *, limits: ArtifactLimits, sink: ArtifactSink) -> Artifacts:
