@@ -234,13 +234,14 @@ class Cluster:
         query += [("stdin", "true")] if stdin is not None else []
         query += [("command", word) for word in argv]
         where = f"{path('Pod', namespace, pod)}/exec?{urlencode(query)}"
-        give_up = min(time.monotonic() + self._connection.patience_s, deadline)
+        asked = time.monotonic()
         while True:
             try:
                 connection = self._connection.upgraded(where, protocols=exec_.PROTOCOLS)
                 break
-            except NotBegun:
-                if time.monotonic() + _DIAL_AGAIN_S > give_up:
+            except NotBegun as error:
+                patient = self._connection.is_patient(error, since=asked, pause_s=_DIAL_AGAIN_S)
+                if not patient or time.monotonic() + _DIAL_AGAIN_S > deadline:
                     raise
                 time.sleep(_DIAL_AGAIN_S)
         begins()

@@ -134,6 +134,8 @@ class Connection:
         self._lock = threading.Lock()
         self._acting_as = {"Impersonate-User": acting_as} if acting_as else {}
         self.patience_s = patience_s
+        self._away_since: float | None = None
+        self._away_at = 0.0
 
     @property
     def access(self) -> Access:
@@ -174,7 +176,7 @@ class Connection:
     ) -> urllib3.BaseHTTPResponse:
         """The first answer that is none of "later"."""
         data = None if body is None else json.dumps(body)
-        give_up, pause = time.monotonic() + self.patience_s, PAUSE_S
+        began, pause = time.monotonic(), PAUSE_S
         access, known_anew = self._access, False
         while True:
             url = f"{access.configuration.host}{where}" + (f"?{urlencode(query)}" if query else "")
@@ -184,6 +186,7 @@ class Connection:
                     method, url, body=data, headers=headers, preload_content=silent_s is None,
                     timeout=urllib3.Timeout(connect=CONNECT_S, read=ANSWER_S if silent_s is None else silent_s),
                 )  # fmt: skip
+                self._away_since = None
                 if response.status in _OK:
                     return response
                 error = error_of(response.status, response.data)
@@ -195,12 +198,26 @@ class Connection:
             if error.status == _UNKNOWN and not known_anew and (newer := self._renewed(access)) is not None:
                 access, known_anew = newer, True
                 continue
-            if not isinstance(error, Unreachable) or time.monotonic() + pause > give_up:
+            if not isinstance(error, Unreachable) or not self.is_patient(error, since=began, pause_s=pause):
                 raise error
             time.sleep(min(max(float(after), pause), _LONGEST_PAUSE_S) if after.isdigit() else pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
             if error.status == 0:
                 access = self._renewed(access) or access
+
+    def is_patient(self, error: Unreachable, *, since: float, pause_s: float) -> bool:
+        """Whether what is asked since then (monotonic seconds), and failed so, is asked again after this pause.
+
+        Each question has our patience with an API server that answers "later". One that is away is waited for once, by
+        all that is asked meanwhile: whoever plays a run asks a dozen things more when its cluster is lost."""
+        now = time.monotonic()
+        if error.status == 0:
+            with self._lock:
+                if self._away_since is None or now - self._away_at > self.patience_s:
+                    self._away_since = now
+                self._away_at = now
+                since = min(since, self._away_since)
+        return now + pause_s <= since + self.patience_s
 
     def upgraded(self, where: str, *, protocols: Sequence[str]) -> websocket.WebSocket:
         """A websocket. Tried once. Raises NotBegun when the API server did not hear of it, or did not begin with it."""
@@ -225,6 +242,7 @@ class Connection:
                 socket=sock, header=headers, subprotocols=list(protocols), suppress_origin=True, redirect_limit=0,
             )  # fmt: skip
         except websocket.WebSocketBadStatusException as error:
+            self._away_since = None
             sock.close()
             said = error_of(error.status_code, error.resp_body or b"")
             if isinstance(said, Unreachable):
@@ -236,6 +254,7 @@ class Connection:
         except BaseException:
             sock.close()
             raise
+        self._away_since = None
         return connection
 
     def _renewed(self, known: Access) -> Access | None:
