@@ -292,6 +292,25 @@ def test_ending_a_standby_cluster_that_a_run_got_meanwhile_ends_nothing(world: W
     assert not kubeconfig.exists(), "the control"
 
 
+def test_no_run_gets_a_standby_cluster_that_is_ready_while_it_is_being_ended(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = new_ref(tenant=STANDBY, fence=0).model_copy(update={"expires_at": START + LIFETIME})
+    world.clusters.places.make()
+    world.clusters.create(half, cancelled=Never(), tell=print)
+    clear, claimed = world.clusters.clear, list[Path | None]()
+
+    def slowly(name: str) -> None:
+        world.clusters.places.place(name).say_ready(world.standby._record() or "")
+        claimed.append(world.standby.claim(new_ref()))
+        clear(name)
+
+    monkeypatch.setattr(world.clusters, "clear", slowly)
+    world.clusters.destroy(half)
+    assert claimed == [None]
+    assert not world.clusters.places.place(half.name).exists
+
+
 def test_nobody_claims_for_another_site(world: World) -> None:
     world.keep()
     with pytest.raises(ProvisionFailed, match="not for this installation and site"):

@@ -22,6 +22,7 @@ from workers.boundaries.cluster.kind_places import MARK, Place, Places, kill_mak
 from workers.boundaries.cluster.kind_render import (
     LABELS,
     PREFIX,
+    STANDBY,
     VARIANT,
     Node,
     is_installation,
@@ -188,11 +189,14 @@ class KindProvisioner:
         return answer(kubeconfig, "/readyz", within_s=_ANSWERS_S) == 200  # one of the three that it answers to anyone
 
     def _is_still(self, ref: BoundaryRef, name: str) -> bool:
-        """A standby cluster is its own until it is claimed. To end one is to claim it for itself, so that no run
-        does."""
+        """A standby cluster is its own until it is claimed. To end one is to claim it for itself first, so that no run
+        does: also while it is being made, since it may be ready before it is gone. Raises NotYetDestroyed."""
         place = self._places.place(name)
-        if name == ref.name and place.standby.exists():
-            place.claim(ref)
+        if name == ref.name and (ref.tenant == STANDBY or place.standby.exists()):
+            try:
+                place.claim(ref)
+            except OSError as error:
+                raise NotYetDestroyed(f"{name} could not be kept from runs that may claim it: {error}") from error
         owner = place.claimed_by()
         return owner is None or owner.name == ref.name
 
