@@ -110,12 +110,12 @@ def says_nonsense(handler: Handler, done: bool) -> None:
     raise _Cut
 
 
-def refuses(status: int, *, reason: str = "Broken", **headers: str) -> Fault:
+def refuses(status: int, *, reason: str = "Broken", message: str = "not now", **headers: str) -> Fault:
     """Answers at once, and does nothing."""
 
     def fault(handler: Handler, done: bool) -> None:
         if not done:
-            handler.answer(status, {"reason": reason, "message": "not now"}, **headers)
+            handler.answer(status, {"reason": reason, "message": message}, **headers)
             raise _Cut
 
     return fault
@@ -222,6 +222,20 @@ def test_two_that_are_counted_against_a_quota_at_once_are_both_made(server: Serv
     server.faults.append(("POST", refuses(409, reason="Conflict")))
     cluster.create(POD, ours=POD["metadata"]["labels"])
     assert list(server.objects) == [f"{PATH}/run"]
+
+
+def test_a_pod_waits_for_the_quota_of_its_namespace_to_be_counted_and_for_no_other_refusal(
+    server: Server, cluster: Cluster
+) -> None:
+    uncounted = 'pods "run" is forbidden: status unknown for quota: ceiling, resources: pods'  # Kubernetes 1.36
+    server.faults += [("POST", refuses(403, reason="Forbidden", message=uncounted))] * 3
+    assert create(cluster, POD)["metadata"]["uid"] == server.objects[f"{PATH}/run"]["metadata"]["uid"]
+    assert server.asked.count("POST") == 4
+
+    server.faults.append(("POST", refuses(403, reason="Forbidden", message="exceeded quota: ceiling")))
+    with pytest.raises(Denied, match="exceeded"):
+        create(cluster, POD)
+    assert server.asked.count("POST") == 5
 
 
 def test_an_answer_that_is_no_json_is_an_error(server: Server, cluster: Cluster) -> None:

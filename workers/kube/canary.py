@@ -13,6 +13,7 @@ from workers.kube.manifests import PREFIX, Manifest, filled, placeholders, templ
 
 SETTLES_WITHIN_S = 30.0
 """The quota of a new namespace is counted within moments."""
+_LOOK_S = 0.02
 LIVES_S = 600
 T = TypeVar("T")
 
@@ -96,4 +97,4 @@ def settled(ask: Callable[[], T]) -> T:
         except Denied as error:
             if "status unknown for quota" not in error.detail or time.monotonic() > deadline:
                 raise
-        time.sleep(0.05)
+        time.sleep(_LOOK_S)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 from service.core.errors import ProvisionFailed
 from workers.kube import Cluster, ClusterError, Manifest
+from workers.kube.canary import settled
 from workers.pods.pod import Pod, exit_code, explained, is_over, is_running
 from workers.pods.render import (
     LISTENER_PORT,
@@ -102,16 +103,8 @@ class Listener:
 
 
 def create(cluster: Cluster, manifest: Manifest) -> Manifest:
-    """Makes what nobody made before. A pod, once its namespace's quota is known to the quota controller, which takes a
-    moment: until then the API server refuses, and says so. Raises Taken, ClusterError."""
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            return cluster.create(manifest, ours=manifest["metadata"]["labels"])
-        except ClusterError as error:
-            if "status unknown for quota" not in error.detail or time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
+    """Makes what nobody made before; a pod once its namespace's quota is counted. Raises Taken, ClusterError."""
+    return settled(lambda: cluster.create(manifest, ours=manifest["metadata"]["labels"]))
 
 
 def _is_listener(pod: Manifest) -> bool:
