@@ -311,6 +311,20 @@ def test_no_run_gets_a_standby_cluster_that_is_ready_while_it_is_being_ended(
     assert not world.clusters.places.place(half.name).exists
 
 
+def test_one_that_could_not_be_prepared_and_resists_its_end_is_expired_for_the_reaper(world: World) -> None:
+    def prepare(kubeconfig: Path) -> None:
+        world.clusters.resisting = True
+        raise ProcessFailed("no lock-down")
+
+    world.now = datetime.now(UTC)
+    world.standby = Standby(world.clusters, wanted=1, prepare=prepare, now=lambda: world.now)
+    world.keep()
+    (left,) = world.clusters.discover()
+    assert left.name == world.clusters.made[0].name
+    assert left.expires_at <= datetime.now(UTC)
+    assert left.expires_at < world.clusters.made[0].expires_at, "the control"
+
+
 def test_nobody_claims_for_another_site(world: World) -> None:
     world.keep()
     with pytest.raises(ProvisionFailed, match="not for this installation and site"):

@@ -190,11 +190,12 @@ class KindProvisioner:
 
     def _is_still(self, ref: BoundaryRef, name: str) -> bool:
         """A standby cluster is its own until it is claimed. To end one is to claim it for itself first, so that no run
-        does: also while it is being made, since it may be ready before it is gone. Raises NotYetDestroyed."""
+        does: also while it is being made, since it may be ready before it is gone. Should it resist, its time is
+        over for the reaper. Raises NotYetDestroyed."""
         place = self._places.place(name)
         if name == ref.name and (ref.tenant == STANDBY or place.standby.exists()):
             try:
-                place.claim(ref)
+                place.claim(ref.model_copy(update={"expires_at": min(ref.expires_at, datetime.now(UTC))}))
             except OSError as error:
                 raise NotYetDestroyed(f"{name} could not be kept from runs that may claim it: {error}") from error
         owner = place.claimed_by()
