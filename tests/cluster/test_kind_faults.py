@@ -165,7 +165,7 @@ def test_a_standby_cluster_is_made_claimed_by_one_process_and_ended_with_its_run
     kinds: KindProvisioner, engine: Engine
 ) -> None:
     prepared: list[Path] = []
-    standby = Standby(kinds, wanted=1, prepare=prepared.append)
+    standby = Standby(kinds, wanted=1, prepare=lambda kubeconfig, _: prepared.append(kubeconfig))
     standby.keep(cancelled=Flag())
     standing = standby.standing()
     assert (standing.ready, standing.failed) == (1, 0)

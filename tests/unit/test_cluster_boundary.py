@@ -11,7 +11,7 @@ def test_one_that_tells_of_what_it_makes_is_in_all_else_the_same(tmp_path: Path)
     kinds = PaperProvisioner(tmp_path)
     silent = ClusterBoundary(
         installation="inst0", site="here", images={"default": "run@sha256:0"}, provisioners=[kinds],
-        standby=Standby(kinds, wanted=1, prepare=lambda _: None), without={"capi": "a management cluster"},
+        standby=Standby(kinds, wanted=1, prepare=lambda *_: None), without={"capi": "a management cluster"},
     )  # fmt: skip
     told: list[str] = []
 

@@ -2,13 +2,14 @@
 Clusters here are directories, and nobody is inside; tests/cluster has real ones."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from service.core.boundary import BoundaryRef, BoundarySpec
+from service.core.boundary import BoundaryRef, BoundarySpec, ClusterChoices
 from service.core.controls import Limits, Network
 from service.core.errors import ProvisionFailed
 from tests.unit.test_kind_places import new_ref
@@ -20,7 +21,25 @@ from workers.boundaries.cluster.provisioners import NoRoom
 from workers.boundaries.cluster.standby import Standby
 
 IMAGES = {"default": f"registry.example/run@sha256:{'0' * 64}"}
+BOTH = ClusterChoices(
+    provisioners=("kind", "capi"), standby=1, node_image="node", capi_kubeconfig=Path("/nonexistent/kubeconfig")
+)
 SPEC = BoundarySpec(limits=Limits(), network=Network(mode="none"))
+
+
+@dataclass(frozen=True)
+class Here:
+    """A `service.core.boundary.Host` that offers clusters of both sorts."""
+
+    state_dir: Path
+    installation: str = "inst0"
+    site: str = "here"
+    runtime_dir: Path = Path("/nonexistent")
+    runsc: Path = Path("/nonexistent")
+    kubeconfig: Path | None = None
+    kube_image: str = IMAGES["default"]
+    namespace_variants: tuple[str, ...] = ()
+    clusters: ClusterChoices = BOTH
 
 
 class Clock:
@@ -59,7 +78,7 @@ class Site:
     def __init__(self, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clusters, self.clock, self.told = PaperProvisioner(state), Clock(), list[str]()
         self.clusters.places.make()
-        self.standby = Standby(self.clusters, wanted=1, prepare=lambda _: None, now=lambda: START)
+        self.standby = Standby(self.clusters, wanted=1, prepare=lambda *_: None, now=lambda: START)
         self.boundary = ClusterBoundary(
             installation="inst0", site="here", images=IMAGES, provisioners=[self.clusters], standby=self.standby,
             tell=self.told.append,
@@ -141,3 +160,18 @@ def test_a_run_that_is_cancelled_waits_for_no_place(site: Site) -> None:
     ):
         raise AssertionError
     assert site.clock.now_s < 6
+
+
+def test_the_flag_that_ends_the_keeping_ends_the_preparing_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boundary = ClusterBoundary.for_host(Here(state_dir=tmp_path))
+    seen: list[object] = []
+
+    def get_ready(kubeconfig: Path, images: object, *, cancelled: object) -> PaperInside:
+        seen.append(cancelled)
+        return PaperInside(kubeconfig)
+
+    monkeypatch.setattr(driver, "get_ready", get_ready)
+    stop, standby = Never(), boundary._standby
+    assert standby is not None
+    standby._prepare(tmp_path, stop)
+    assert seen == [stop]

@@ -1,6 +1,7 @@
 """Standby clusters are kept, handed out once, and ended. Clusters here are directories; tests/cluster has real ones."""
 
 import multiprocessing
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -75,9 +76,10 @@ class World:
         self.standby = self.keeper(wanted)
 
     def keeper(self, wanted: int, *, made_of: str = "") -> Standby:
-        return Standby(
-            self.clusters, wanted=wanted, prepare=self.prepared.append, made_of=made_of, now=lambda: self.now
-        )
+        return Standby(self.clusters, wanted=wanted, prepare=self.prepare, made_of=made_of, now=lambda: self.now)
+
+    def prepare(self, kubeconfig: Path, cancelled: Cancellation) -> None:
+        self.prepared.append(kubeconfig)
 
     def keep(self, times: int = 1) -> Standing:
         for _ in range(times):
@@ -256,8 +258,22 @@ def test_after_a_failure_it_is_not_tried_again_at_once(world: World, monkeypatch
     assert world.keep().ready == 1
 
 
+def test_one_that_is_being_prepared_when_nobody_keeps_them_any_more_is_given_up_and_no_failure(world: World) -> None:
+    stop = threading.Event()
+
+    def prepare(kubeconfig: Path, cancelled: Cancellation) -> None:
+        stop.set()
+        if cancelled.is_set():
+            raise ProvisionFailed("cancelled while the cluster's nodes got ready")
+
+    world.standby = Standby(world.clusters, wanted=1, prepare=prepare, now=lambda: world.now)
+    world.standby.keep(cancelled=stop)
+    assert counts(world.standby.standing()) == (0, 0, 0, 0)
+    assert list(world.clusters.discover()) == []
+
+
 def test_one_that_cannot_be_prepared_does_not_count_and_is_gone(world: World) -> None:
-    def prepare(kubeconfig: Path) -> None:
+    def prepare(kubeconfig: Path, cancelled: Cancellation) -> None:
         raise ProcessFailed("no lock-down")
 
     world.standby = Standby(world.clusters, wanted=1, prepare=prepare, now=lambda: world.now)
@@ -312,7 +328,7 @@ def test_no_run_gets_a_standby_cluster_that_is_ready_while_it_is_being_ended(
 
 
 def test_one_that_could_not_be_prepared_and_resists_its_end_is_expired_for_the_reaper(world: World) -> None:
-    def prepare(kubeconfig: Path) -> None:
+    def prepare(kubeconfig: Path, cancelled: Cancellation) -> None:
         world.clusters.resisting = True
         raise ProcessFailed("no lock-down")
 

@@ -148,7 +148,7 @@ def test_clusters_are_listed_with_age_tenant_and_run_and_so_is_what_is_kept_read
     """Directories where there would be clusters; all else is real, from the keeper of standby clusters to the command
     that an operator types."""
     clusters = PaperProvisioner(tmp_path / "clusters", installation=served.store.installation_id())
-    standby = Standby(clusters, wanted=1, prepare=lambda _: None)
+    standby = Standby(clusters, wanted=1, prepare=lambda *_: None)
     boundary = ClusterBoundary(
         installation=served.store.installation_id(), site=SITE, images={}, provisioners=[clusters], standby=standby
     )

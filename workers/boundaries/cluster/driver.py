@@ -78,7 +78,7 @@ class ClusterBoundary:
             standby = Standby(
                 kind,
                 wanted=choices.standby,
-                prepare=lambda path: _prepared(path, images),
+                prepare=lambda path, cancelled: get_ready(path, images, cancelled=cancelled).close(),
                 made_of=repr(sorted(images.items())),
             )
         return cls(
@@ -215,15 +215,6 @@ class ClusterBoundary:
         reach(Failpoint.OPEN_HALF_CREATED)
         self._tell("getting the cluster ready")
         return get_ready(kubeconfig, self._images, cancelled=cancelled)
-
-
-class _Never:
-    def is_set(self) -> bool:
-        return False
-
-
-def _prepared(kubeconfig: Path, images: Mapping[str, str]) -> None:
-    get_ready(kubeconfig, images, cancelled=_Never()).close()
 
 
 def _amiss(images: Mapping[str, str]) -> str | None:

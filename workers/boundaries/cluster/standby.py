@@ -34,6 +34,9 @@ _AGAIN_S, _AGAIN_AT_MOST_S = 30.0, 600.0
 _READY, _CLAIMED, _EXPIRED, _FAILED = "ready", "claimed", "expired", "failed"
 
 
+Prepare = Callable[[Path, Cancellation], None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Standing:
     """`wanted` as it is set, `ready` and `being_made` now. The others count since the host's state was made: handed
@@ -53,11 +56,11 @@ def host_now() -> datetime:
 
 class Standby:
     """Of one worker's host. `prepare` is given the kubeconfig of each new cluster and brings it as far as it can be
-    without a run; it may raise BlastdoorError: then the cluster does not count. `made_of` says what `prepare` puts in:
-    clusters that were made of something else are replaced."""
+    without a run, unless it is cancelled; it may raise BlastdoorError: then the cluster does not count. `made_of` says
+    what `prepare` puts in: clusters that were made of something else are replaced."""
 
     def __init__(
-        self, provisioner: KindProvisioner, *, wanted: int, prepare: Callable[[Path], None], made_of: str = "",
+        self, provisioner: KindProvisioner, *, wanted: int, prepare: Prepare, made_of: str = "",
         lifetime: timedelta = LIFETIME, now: Callable[[], datetime] = host_now,
     ) -> None:  # fmt: skip
         self._provisioner, self._places = provisioner, provisioner.places
@@ -195,7 +198,7 @@ class Standby:
         started = time.monotonic()
         try:
             kubeconfig = self._provisioner.create(ref, cancelled=cancelled, tell=lambda _: None)
-            self._prepare(kubeconfig)
+            self._prepare(kubeconfig, cancelled)
             self._provisioner.places.place(ref.name).say_ready(record)
         except BaseException as error:
             with suppress(NotYetDestroyed):  # the reaper has its label
