@@ -1,4 +1,5 @@
-"""Listeners on a node of the lab, at the addresses that a guest would look for; they note whoever gets through.
+"""Listeners on a node of the lab, or beside an engine's containers, at the addresses that a guest would look for; they
+note whoever gets through.
 
 `python -m tests.cluster.ears` runs in the node's network namespace, where its addresses are made and nothing is sent to
 any real network. A caller by TCP is answered with the token. Every line that it prints is one thing that was heard, but
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,11 +61,12 @@ class Ears:
 
 
 @contextmanager
-def listening(lab: Lab, token: str) -> Iterator[Ears]:
-    node = lab.pid("etcd")
+def listening(lab: Lab, token: str, *, beside: str = "etcd", addresses: Sequence[str] = ADDRESSES) -> Iterator[Ears]:
+    """`beside`: the component in whose network namespace; `addresses`: those that are not there are made."""
+    node = lab.pid(beside)
     process = subprocess.Popen(
         ["setpriv", "--pdeathsig", "KILL", "nsenter", f"--target={node}", "--net", sys.executable, "-u", "-m",
-         "tests.cluster.ears", token],
+         "tests.cluster.ears", token, *addresses],
         cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     ears = Ears(process)
@@ -77,11 +79,11 @@ def listening(lab: Lab, token: str) -> Iterator[Ears]:
         ears.close()
 
 
-def _main(token: str) -> None:
+def _main(token: str, *addresses: str) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     answer = f"HTTP/1.0 200 OK\r\n\r\n{token}\n".encode()
-    for address in ADDRESSES:
-        if address != ADDRESS:
+    for address in addresses:
+        if not _is_here(address):
             subprocess.run(["ip", "address", "replace", f"{address}/32", "dev", "lo"], check=True)
 
     def serve(ear: socket.socket, address: str, port: int) -> None:
@@ -96,7 +98,7 @@ def _main(token: str) -> None:
             data, caller = ear.recvfrom(2048)
             print(f"udp {address} {UDP_PORT} from {caller[0]} {data[:200]!r}", flush=True)
 
-    for address in ADDRESSES:
+    for address in addresses:
         for port in TCP_PORTS:
             ear = socket.create_server((address, port))
             threading.Thread(target=serve, args=(ear, address, port), daemon=True).start()
@@ -107,5 +109,13 @@ def _main(token: str) -> None:
     signal.pause()
 
 
+def _is_here(address: str) -> bool:
+    try:
+        socket.create_server((address, 0)).close()
+    except OSError:
+        return False
+    return True
+
+
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main(*sys.argv[1:])

@@ -27,7 +27,11 @@ CLUSTER = ((ADDRESS, API_PORT), (ADDRESS, KUBELET_PORT))
 """What answers on the node to whoever gets through."""
 UNREACHABLE_ANYHOW = ((SERVICE_OF_API, 443), (ADDRESS, ETCD_PORT), ("127.0.0.1", ETCD_PORT), ("fd00:ec2::254", 80))
 """Tried too: on another cluster they might answer."""
-ASK = f"""
+
+
+def ask(*targets: tuple[str, int]) -> str:
+    """A program that looks for a token and asks these API servers, also by name. It says in the request who it is."""
+    return f"""
 import json, os, socket, ssl
 print({programs.BEGUN!r}, flush=True)
 for top in ("/var/run/secrets", "/run/secrets"):
@@ -37,7 +41,7 @@ for top in ("/var/run/secrets", "/run/secrets"):
 print("NAMES", json.dumps([name for name in os.environ if "KUBERNETES" in name]), flush=True)
 context = ssl.create_default_context()
 context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-for host, port in (("kubernetes.default.svc", 443), ("{SERVICE_OF_API}", 443), ("{ADDRESS}", {API_PORT})):
+for host, port in (("kubernetes.default.svc", 443), *{targets!r}):
     try:
         with socket.create_connection((host, port), 2) as plain, context.wrap_socket(plain) as line:
             line.sendall(b"GET /api/v1/namespaces?from=guest HTTP/1.0\\r\\nAuthorization: Bearer x\\r\\n\\r\\n")
@@ -82,7 +86,7 @@ def play(ground: Ground, variant: str, *, inert: bool) -> Played:
     attacks = (
         program(programs.CONNECT, targets=[*TARGETS, *CLUSTER, *(() if inert else UNREACHABLE_ANYHOW)]),
         program(programs.RESOLVE, name=f"{mark}.canary.test", targets=[*NAME_SERVERS, ("127.0.0.1", 53)]),
-        python(ASK),
+        python(ask((SERVICE_OF_API, 443), (ADDRESS, API_PORT))),
         program(programs.RESOLVE, name="localhost", targets=[]),
     )
     run_id = submit(client, WAIT, *attacks, limits={"wall": "180s"})

@@ -92,6 +92,7 @@ def test_its_node_has_nothing_of_the_host_and_is_open_on_loopback_alone(
 
 def test_its_node_has_limits_of_the_hosts_kernel(container: dict[str, Any], engine: Engine) -> None:
     limits = container["HostConfig"]
+    assert limits["RestartPolicy"]["Name"] == "no", "what came back would have lost the rules of its node"
     assert (limits["Memory"], limits["MemorySwap"], limits["PidsLimit"]) == (NODE.memory_bytes, NODE.memory_bytes, 4096)
 
 

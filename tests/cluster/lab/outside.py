@@ -92,6 +92,13 @@ class Lab:
                 return pid
         raise NoLab(f"{component} is not running")
 
+    def beside(self, component: str, *argv: str) -> None:
+        """Runs a program of this machine in the network namespace of a component. Raises NoLab when it fails."""
+        asked = ["nsenter", f"--target={self.pid(component)}", "--net", *argv]
+        done = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise NoLab(f"{' '.join(argv)}: {done.stderr.strip()}")
+
     def load(self, archive: Path) -> None:
         """Makes the images of an OCI archive known to the node; nothing is ever pulled."""
         self.run(
