@@ -21,7 +21,7 @@ demo-cluster: root ## Three tenants behind three walls in a Kubernetes cluster (
 
 test: root ## Run every test, three files at a time, in real sandboxes; ARGS="-k words" chooses some
 	@scripts/setup.sh
-	@$(if $(ARGS),,$(PYTHON) -m tests.cluster.lab build || echo "make test: tests on a cluster are skipped, and in CI fail")
+	@$(if $(ARGS),,$(PYTHON) -m tests.cluster.engine build || echo "make test: tests on a cluster are skipped, and in CI fail")
 	@$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS) || $(PYTHON) -m tests.again $$?
 
 check: ## Formatting, lint, types, import contracts, .env.example

@@ -15,9 +15,12 @@ from tests import summary
 FOLDERS = ("cluster", "faults", "escape", "e2e", "integration", "contract", "unit")
 """In the order in which they run: what takes long begins first, so that nothing long is left alone at the end."""
 CLUSTER = "tests/cluster/test_"
-OF_THE_DRIVER = ("namespace_", "kube_", "templates")
-"""Where tests run side by side, those on a cluster stay in two processes: these, and the others. Each has a cluster,
-which costs seconds and memory."""
+TOGETHER = {
+    "kind": ("kind_", "dedicated_", "engine_lab"),
+    "driver": ("namespace_", "kube_", "templates"),
+}
+"""Where tests run side by side, those on a cluster stay in three processes: those that make clusters of their own by
+kind, one at a time; these, on a lab; and the others, on another. Each lab costs seconds and memory."""
 # Reasons for which a test may be skipped in CI. Empty: what CI cannot run, we do not claim.
 SKIPS_ALLOWED_IN_CI: frozenset[str] = frozenset()
 
@@ -52,7 +55,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = super()._split_scope(nodeid)
             if not file.startswith(CLUSTER):
                 return file
-            return CLUSTER + ("driver" if file.removeprefix(CLUSTER).startswith(OF_THE_DRIVER) else "others")
+            name = file.removeprefix(CLUSTER)
+            return CLUSTER + next((one for one, files in TOGETHER.items() if name.startswith(files)), "others")
 
     return _Together(config, log)
 
