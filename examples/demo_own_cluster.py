@@ -240,7 +240,7 @@ class EngineLooker:
         return {
             "containers": [id_ for id_, said in networks if said is not None and said[1] == self._installation],
             "networks": [one.name for one in self._engine.networks(labels=mine, read=())],
-            "directories": [str(path) for path in self._state.glob("clusters/*/clusters/*")],
+            "directories": [str(path) for path in self._state.glob("clusters/*/kind/clusters/*")],
         }
 
     def show(self, failures: list[str]) -> None:

@@ -196,7 +196,7 @@ def _standby(engine: Engine, archive: Path, image: str, place: Path) -> dict[str
         with boundary.open(_spec(), ref, cancelled=Never()) as sandbox:
             sandbox.execute(shell("echo hello"))
             claimed.append(time.monotonic() - started)
-            (kubeconfig,) = (place / "standby").glob("clusters/*/clusters/*/kubeconfig")
+            (kubeconfig,) = (place / "standby").glob("clusters/*/kind/clusters/*/kubeconfig")
             by_hand.append(_in_that_cluster(kubeconfig, image))
         boundary.destroy(ref)
     boundary.keep_none()

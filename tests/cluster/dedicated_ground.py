@@ -33,7 +33,7 @@ def left(engine: Engine, state: Path) -> dict[str, list[str]]:
         "containers": docker(engine, "ps", "--all", "--quiet"),
         "networks": sorted(networks),
         "volumes": docker(engine, "volume", "ls", "--quiet"),
-        "directories": sorted(str(path) for path in (state / "clusters").glob("*/clusters/*")),
+        "directories": sorted(str(path) for path in (state / "clusters").glob("*/*/clusters/*")),
     }
 
 

@@ -44,7 +44,7 @@ class Host:
 
     @property
     def places(self) -> Places:
-        return Places(state=self.folder / "state" / "clusters" / hashed(SITE)[:12])
+        return Places(state=self.folder / "state" / "clusters" / hashed(SITE)[:12] / "kind")
 
     def leave(self) -> BoundaryRef:
         """As a worker does that dies before it has made more."""

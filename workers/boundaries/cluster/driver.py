@@ -71,7 +71,7 @@ class ClusterBoundary:
         choices = host.clusters
         images = dict(choices.images) or ({"default": host.kube_image} if host.kube_image else {})
         state = host.state_dir.absolute() / "clusters" / hashed(host.site)[:12]
-        made = {variant: _made(variant, host, choices, state) for variant in choices.provisioners}
+        made = {variant: _made(variant, host, choices, state / variant) for variant in choices.provisioners}
         kind = made.get("kind")
         standby = None
         if isinstance(kind, KindProvisioner) and images:
