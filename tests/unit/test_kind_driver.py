@@ -1,21 +1,27 @@
 """What boundary `cluster` does around a cluster by kind: it claims or makes one, waits for a place, and lets go of it.
 Clusters here are directories, and nobody is inside; tests/cluster has real ones."""
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from service.core.boundary import BoundaryRef, BoundarySpec, ClusterChoices
 from service.core.controls import Limits, Network
-from service.core.errors import ProvisionFailed
+from service.core.errors import BoundaryLost, ProvisionFailed
 from tests.unit.test_kind_places import new_ref
 from tests.unit.test_kind_standby import START, Never, PaperProvisioner
 from workers.boundaries.cluster import driver
+from workers.boundaries.cluster.capi import CapiProvisioner
 from workers.boundaries.cluster.driver import PATIENCE_S, ClusterBoundary
+from workers.boundaries.cluster.engine import EngineFailed
+from workers.boundaries.cluster.kind import KindProvisioner
 from workers.boundaries.cluster.kind_render import STANDBY
 from workers.boundaries.cluster.provisioners import NoRoom
 from workers.boundaries.cluster.standby import Standby
@@ -175,3 +181,65 @@ def test_the_flag_that_ends_the_keeping_ends_the_preparing_too(tmp_path: Path, m
     assert standby is not None
     standby._prepare(tmp_path, stop)
     assert seen == [stop]
+
+
+def test_a_cluster_by_one_provisioner_is_none_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, capi = ClusterBoundary.for_host(Here(state_dir=tmp_path))._provisioners.values()
+    assert isinstance(kind, KindProvisioner)
+    assert isinstance(capi, CapiProvisioner)
+    monkeypatch.setattr(kind, "_engine", SimpleNamespace(containers=list, networks=lambda **_: []))
+    ref = new_ref().model_copy(update={"variant": "capi"})
+    theirs = capi._write_kubeconfig(ref, "kubeconfig")
+    assert list(kind.discover()) == []
+    kind.places.make()
+    kind.places.place(ref.name).make(ref.model_copy(update={"variant": "kind"}))
+    assert [found.name for found in kind.discover()] == [ref.name], "the control: one of its own"
+    kind.places.place(ref.name).remove()
+    assert theirs.exists()
+
+
+def fails(site: Site, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def away() -> None:
+        raise EngineFailed("the engine at unix:///x: no answer")
+
+    if where == "the engine is away":
+        monkeypatch.setattr(site.clusters, "image_id", away)
+    elif where == "the disk is full":
+        monkeypatch.setattr("workers.boundaries.cluster.kind_places.os.fsync", full)
+    else:
+        monkeypatch.setattr(site.clusters.places.__class__, "count", full)
+
+
+@pytest.mark.parametrize("where", ["the engine is away", "the disk is full", "the disk is full for counts"])
+def test_a_host_on_which_nothing_can_be_claimed_is_one_on_which_none_could_be_made(
+    site: Site, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """So that another attempt is made; anything else would be called a defect, and be the end of the run."""
+    site.standby.keep(cancelled=Never())
+    fails(site, monkeypatch, where)
+    with (
+        pytest.raises(ProvisionFailed, match="No space left|no answer"),
+        site.boundary.open(SPEC, new_ref(), cancelled=Never()),
+    ):
+        raise AssertionError
+    assert not list(site.clusters.places.state.rglob(".claim*"))
+
+
+@pytest.mark.parametrize("error", [ProvisionFailed("no wall"), BoundaryLost("gone"), RuntimeError("a defect")])
+def test_a_cluster_that_could_not_be_used_is_ended_and_nobody_holds_connections_to_it(
+    site: Site, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(PaperInside, "open", refuse)
+    with (
+        pytest.raises(RuntimeError if isinstance(error, RuntimeError) else ProvisionFailed, match=str(error)),
+        site.boundary.open(SPEC, new_ref(), cancelled=Never()),
+    ):
+        raise AssertionError
+    assert [inside.is_closed for inside in site.insides] == [True]
+    assert list(site.clusters.discover()) == []

@@ -8,7 +8,7 @@ cluster's administrator is this worker, whose kubeconfig no guest sees. Undoing 
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import structlog
@@ -29,6 +29,7 @@ from service.core.controls import Need
 from service.core.errors import BlastdoorError, BoundaryLost, NotYetDestroyed, ProvisionFailed
 from service.core.failpoints import Failpoint, reach
 from workers.boundaries.cluster.capi import CapiHost, CapiProvisioner
+from workers.boundaries.cluster.engine import EngineFailed
 from workers.boundaries.cluster.inside import Inside, common_prefix, get_ready
 from workers.boundaries.cluster.kind import KindHost, KindProvisioner
 from workers.boundaries.cluster.provisioners import NoRoom, Provisioner, Tell
@@ -141,22 +142,23 @@ class ClusterBoundary:
         reach(Failpoint.OPEN_BEFORE_CREATE)
         if cancelled.is_set():
             raise ProvisionFailed("not wanted any more, before anything was made")
-        try:
-            inside = self._make(provisioner, spec, ref, cancelled)
-            sandbox = inside.open(spec, ref, image=image, cancelled=cancelled, tell=self._tell)
-            reach(Failpoint.OPEN_CREATED)
-        except BaseException as error:
-            with suppress(NotYetDestroyed):  # the reaper has the reference
-                provisioner.destroy(ref)
-            if isinstance(error, ClusterError | BoundaryLost):
-                raise ProvisionFailed(f"the cluster could not be used: {error}") from error
-            raise
-        try:
-            yield sandbox
-        finally:
-            with suppress(BoundaryLost):  # with the cluster everything in it goes
-                sandbox.end()
-            inside.close()
+        with ExitStack() as opened:
+            try:
+                inside = self._make(provisioner, ref, cancelled)
+                opened.callback(inside.close)
+                sandbox = inside.open(spec, ref, image=image, cancelled=cancelled, tell=self._tell)
+                reach(Failpoint.OPEN_CREATED)
+            except BaseException as error:
+                with suppress(NotYetDestroyed):  # the reaper has the reference
+                    provisioner.destroy(ref)
+                if isinstance(error, ClusterError | BoundaryLost | EngineFailed | OSError):
+                    raise ProvisionFailed(f"the cluster could not be used: {error}") from error
+                raise
+            try:
+                yield sandbox
+            finally:
+                with suppress(BoundaryLost):  # with the cluster everything in it goes
+                    sandbox.end()
 
     def discover(self) -> Iterator[BoundaryRef]:
         """Raises BlastdoorError when one of the platforms cannot be asked: then nothing may be called absent."""
@@ -190,9 +192,9 @@ class ClusterBoundary:
             raise ProvisionFailed("this boundary has no network to allow")
         return self._provisioners[ref.variant], self._images[spec.runtime]
 
-    def _make(self, provisioner: Provisioner, spec: BoundarySpec, ref: BoundaryRef, cancelled: Cancellation) -> Inside:
+    def _make(self, provisioner: Provisioner, ref: BoundaryRef, cancelled: Cancellation) -> Inside:
         """A cluster that is kept ready, or one of its own; when there is neither, whichever comes first. Raises
-        ProvisionFailed, BoundaryLost, ClusterError."""
+        ProvisionFailed, BoundaryLost, ClusterError, EngineFailed, OSError."""
         deadline, told = time.monotonic() + PATIENCE_S, False
         while True:
             if self._standby is not None and isinstance(provisioner, KindProvisioner):

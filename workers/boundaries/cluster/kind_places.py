@@ -71,7 +71,7 @@ class Place:
 
     def claim(self, ref: BoundaryRef) -> bool:
         """Make it `ref`'s, for good and on disk; False when it is somebody's already, or gone. Of many processes one
-        gets it: a link is made or there is one."""
+        gets it: a link is made or there is one. Raises OSError."""
         new = self.directory / f".claim-{secrets.token_hex(8)}"
         try:
             with new.open("x") as file:
@@ -80,13 +80,11 @@ class Place:
                 os.fsync(file.fileno())
             os.link(new, self.directory / "claimed.json")
             self.standby.unlink(missing_ok=True)  # so that nobody else could get it even if the record were lost
-            new.unlink()
             _sync(self.directory)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
             return False
-        except FileExistsError:
+        finally:
             new.unlink(missing_ok=True)
-            return False
         return True
 
     def say_ready(self, record: str) -> None:
