@@ -46,6 +46,15 @@ class Telling(Protocol):
 
 
 @runtime_checkable
+class Slow(Protocol):
+    """A driver whose boundaries take longer than moments to make."""
+
+    def making_s(self, variant: str) -> float:
+        """The longest that one may be in the making: `open` has given up by then."""
+        ...
+
+
+@runtime_checkable
 class Keeping(Protocol):
     """A driver that keeps boundaries ready which nobody uses yet. One process of a host does it."""
 

@@ -46,14 +46,12 @@ from service.core.run import Outcome, Reason, Result, Run, Verdict, output_name
 from service.core.scenario import Step
 from service.core.verdict import JudgedStep, judge_files, judge_run, judge_step, skipped
 from workers.live import Live
-from workers.registry import Telling
+from workers.registry import Slow, Telling
 from workers.watch import Watch, WatchTimes, monotonic
 
 ALWAYS_GRACE_S = 10.0
 """Steps marked `always` still run after the run's time is over, for at most so long in all."""
 _TEARDOWN_S = 60.0
-_MAKING_S = {BoundaryKind.CLUSTER: 900.0}
-"""What takes longer than moments to make."""
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -182,7 +180,7 @@ def _play_through(line: Line, claim: Claim, boundary: Boundary, ref: BoundaryRef
         network=run.controls.network,
         needs=tuple(run.controls.needs),
         runtime=claim.scenario.runtime,
-        lifetime=line.times.lease + _lifetime(run),
+        lifetime=line.times.lease + _lifetime(line, run),
         node_group=run.placement.node_group,
         share=claim.share,
     )
@@ -371,12 +369,14 @@ def _ref(line: Line, claim: Claim) -> BoundaryRef:
         tenant=run.tenant,
         run_id=run.id,
         fence=claim.fence,
-        expires_at=claim.lease_until + _lifetime(run),
+        expires_at=claim.lease_until + _lifetime(line, run),
         created_at=claim.lease_until - line.times.lease,
     )
 
 
-def _lifetime(run: Run) -> timedelta:
-    """Of a boundary, beyond the lease that it was claimed with."""
-    making_s = _MAKING_S.get(run.placement.kind, 0.0)
+def _lifetime(line: Line, run: Run) -> timedelta:
+    """Of a boundary, beyond the lease that it was claimed with: never less than making it and playing in it may take,
+    or it would be reaped under its run."""
+    boundary = line.boundaries[run.placement.kind]
+    making_s = boundary.making_s(run.placement.variant) if isinstance(boundary, Slow) else 0.0
     return run.controls.limits.wall + timedelta(seconds=2 * _TEARDOWN_S + making_s)

@@ -21,13 +21,14 @@ from tests.cluster.kubectl_program import kubectl
 from tests.cluster.lab.components import ADDRESS, Place
 from tests.cluster.lab.outside import Lab
 from tests.cluster.lab.parts import NoParts, Parts
-from tests.cluster.own_api_ground import Own, make, own, ready
+from tests.cluster.own_api_ground import CRDS, Own, definition, make, own, own_api_policies, ready, refusal
 from tests.cluster.pods import eventually
 from tests.cluster.runtime_image import write_runtime
 from tests.sandboxes import MIB, Never, make_ref, shell
 from workers.boundaries.cluster.inside import ClusterSandbox, Inside
 from workers.kube import Manifest
 from workers.pods.own_api import FOLDER, KUBECONFIG, NAMESPACE
+from workers.pods.own_api_checks import own_api_fault
 from workers.pods.render import namespace_name
 
 __all__ = ["own", "ready"]
@@ -57,6 +58,10 @@ def image(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 APPLETS = ["sh", "nc", "cat", "sed", "test", "touch", "sleep", "ls", "env", "true", "id", "dmesg", "stat"]
+
+
+LATE = "late.example.net"
+"""A group that the cluster got after its policies were written, and before its run was opened."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,9 @@ def run(own: Own, image: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
         stack.callback(inside.close)
         stack.callback(own.admin.delete, "Namespace", f"bd-listener-{ref.installation}")
         stack.callback(inside.engine.delete, "Namespace", name)
+        late = definition(LATE, plural="plans")
+        own.admin.raw("POST", CRDS, body=late)
+        stack.callback(own.admin.raw, "DELETE", f"{CRDS}/{late['metadata']['name']}")
         sandbox = inside.open(SPEC, ref, image=image, cancelled=Never(), tell=lambda line: None)
         sandbox.upload(_packed(tmp_path_factory.mktemp("bundle") / "bundle", sorted(EXAMPLE.iterdir())))
         yield Run(own, sandbox, inside, ref.name, name)
@@ -122,6 +130,37 @@ def test_the_refusals_are_those_of_its_real_account_as_well(run: Run) -> None:
         "kubectl create rolebinding x --clusterrole=view --serviceaccount=scenario:default": "rolebindings: ",
     }.items():
         assert refused in run.said(command), command
+
+
+def test_a_group_that_came_while_the_cluster_was_made_is_not_the_scenarios(run: Run) -> None:
+    account = run.own.acting_as(f"system:serviceaccount:{run.namespace}:sandbox")
+
+    def refused(group: str) -> str:
+        return refusal(lambda: account.raw("POST", f"{CRDS}?dryRun=All", body=definition(group)))
+
+    assert "group: " in refused(LATE)
+    assert refused("early.example.net") == ""
+    account.close()
+
+
+@pytest.mark.parametrize("rules", ["pods", "writes", "contents", "definitions", "defaults"])
+def test_a_policy_that_is_not_in_force_is_found_before_the_scenario_comes(run: Run, image: str, rules: str) -> None:
+    admin, name = run.own.admin, f"blastdoor-own-api-{rules}"
+    account = run.own.acting_as(f"system:serviceaccount:{run.namespace}:sandbox")
+    kind = "MutatingAdmissionPolicyBinding" if rules == "defaults" else "ValidatingAdmissionPolicyBinding"
+    (binding,) = own_api_policies(run.own, kind, name)
+
+    def fault() -> str | None:
+        return own_api_fault(account, image=image, runtime_class="gvisor", groups=[LATE])
+
+    eventually(lambda: fault() is None, lambda: str(fault()), 30)
+    admin.delete(kind, name)
+    try:
+        eventually(lambda: fault() is not None, seconds=30)
+    finally:
+        admin.apply(binding)
+    eventually(lambda: fault() is None, lambda: str(fault()), 30)
+    account.close()
 
 
 def test_the_token_is_the_pods_own_short_and_to_be_read_by_nobody_else(run: Run) -> None:

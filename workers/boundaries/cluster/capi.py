@@ -52,6 +52,8 @@ _PROBE_S = 0.5
 _POLL_S, _LONGEST_PAUSE_S = 0.5, 2.0
 _CLEAR_S = 20.0
 _CLEAR_AGAIN_S = 1.0
+_SLACK_S = 30.0
+"""For what is asked of the management cluster before and after what is waited for."""
 _NAMED = 5
 """So many of what is left are named."""
 
@@ -145,6 +147,9 @@ class CapiProvisioner:
             if isinstance(error, ClusterError | OSError):
                 raise ProvisionFailed(f"the cluster could not be made: {error}") from error
             raise
+
+    def longest_s(self) -> float:
+        return PATIENCE_S + self._host.ready_s + _CLEAR_S + _SLACK_S
 
     def _make(self, ref: BoundaryRef, topology: Sequence[Manifest], until: "_Until", tell: Tell) -> Path:
         management = self._management()

@@ -30,7 +30,7 @@ from service.core.errors import BlastdoorError, BoundaryLost, NotYetDestroyed, P
 from service.core.failpoints import Failpoint, reach
 from workers.boundaries.cluster.capi import CapiHost, CapiProvisioner
 from workers.boundaries.cluster.engine import EngineFailed
-from workers.boundaries.cluster.inside import Inside, common_prefix, get_ready
+from workers.boundaries.cluster.inside import LONGEST_S, Inside, common_prefix, get_ready
 from workers.boundaries.cluster.kind import KindHost, KindProvisioner
 from workers.boundaries.cluster.provisioners import NoRoom, Provisioner, Tell
 from workers.boundaries.cluster.standby import Standby
@@ -53,7 +53,7 @@ def _silent(line: str) -> None:
 
 
 class ClusterBoundary:
-    """Implements `service.core.boundary.Boundary`, and of `workers.registry` Telling and Keeping."""
+    """Implements `service.core.boundary.Boundary`, and of `workers.registry` Telling, Keeping and Slow."""
 
     def __init__(
         self, *, installation: str, site: str, images: Mapping[str, str], provisioners: Sequence[Provisioner],
@@ -97,6 +97,11 @@ class ClusterBoundary:
             installation=self._installation, site=self._site, images=self._images, standby=self._standby, tell=tell,
             provisioners=list(self._provisioners.values()), without=self._without,
         )  # fmt: skip
+
+    def making_s(self, variant: str) -> float:
+        """Of a variant that is not offered any more there is nothing to be made."""
+        made = self._provisioners.get(variant)
+        return 0.0 if made is None else PATIENCE_S + made.longest_s() + LONGEST_S
 
     def keep(self, *, cancelled: Cancellation) -> None:
         if self._standby is not None:

@@ -17,7 +17,7 @@ KIND_CLUSTER = "io.x-k8s.kind.cluster"
 """The label that kind puts on each of its containers: the cluster's name."""
 _ANSWER_S = 20.0
 _REMOVE_S = 30.0
-_LOAD_S = 120.0
+LOAD_S = 120.0
 _MAX_OUTPUT = 4 * 2**20
 _ABSENT = re.compile(r"Error response from daemon: (No such (container|object)|network \S+ not found)", re.IGNORECASE)
 """Not to be mixed up with a socket that is not found: then it is the engine that is absent."""
@@ -143,8 +143,8 @@ class Engine:
     def load(self, container: str, archive: Path) -> None:
         """An OCI archive into containerd of a node, whose container this is. Raises EngineFailed."""
         there = "/blastdoor-images.tar"
-        self._ask("cp", str(archive), f"{container}:{there}", within_s=_LOAD_S)
-        self._ask("exec", container, "ctr", "--namespace=k8s.io", "images", "import", there, within_s=_LOAD_S)
+        self._ask("cp", str(archive), f"{container}:{there}", within_s=LOAD_S)
+        self._ask("exec", container, "ctr", "--namespace=k8s.io", "images", "import", there, within_s=LOAD_S)
         self._ask("exec", container, "rm", there)
 
     def execute(self, container: str, argv: Sequence[str]) -> None:

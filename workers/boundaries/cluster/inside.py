@@ -7,7 +7,7 @@ Shown in each cluster, before the first step:
     PodSecurity, quota, admission    a pod that must fail is refused by each
     policy        our first process cannot reach the listener, and a pod that policy lets through can
     strangers     the token that every cluster by kind is made with is nobody's
-    own API       where the scenario has it: an object that only its policies refuse is refused to its account
+    own API       where the scenario has it: what only one of its policies refuses is refused to its account, by each
 """
 
 import re
@@ -34,14 +34,13 @@ from service.core.controls import Need
 from service.core.errors import BoundaryLost, ProvisionFailed
 from workers.boundaries.cluster.provisioners import Tell
 from workers.boundaries.cluster.stranger import KNOWN_TOKEN, answer
-from workers.kube import Cluster, Denied, Manifest, together
+from workers.kube import Cluster, Manifest, together
 from workers.kube.install import ENGINE, Choices, wanted
 from workers.pods.checks import handler_faults, kernel, refusals
 from workers.pods.listener import Listener
 from workers.pods.nodes import is_ready
 from workers.pods.opening import Additions, Opening
 from workers.pods.own_api import (
-    NAMESPACE,
     Endpoint,
     network_with_own_api,
     own_api_cluster,
@@ -50,6 +49,7 @@ from workers.pods.own_api import (
     render_way_to_api,
     with_own_api,
 )
+from workers.pods.own_api_checks import own_api_fault
 from workers.pods.render import namespace_name
 from workers.pods.sandbox import PodSandbox
 
@@ -58,7 +58,15 @@ RUNTIME_CLASS = "gvisor"
 _NODE_S = 240.0
 _SETTLE_S = 60.0
 _LOOK_S = 0.2
+LONGEST_S = 2 * _NODE_S + 2 * _SETTLE_S + 300.0
+"""What is waited for in here at most, one after the other: nodes and policies, each twice; the listener, the pod, that
+it cannot reach the listener and a pod that can."""
 _ANSWER_S = 10.0
+_REGISTERED = (
+    "/apis/apiregistration.k8s.io/v1/apiservices",
+    "/apis/apiextensions.k8s.io/v1/customresourcedefinitions",
+)
+"""What says of a group of the API that there is one, before it is served."""
 
 
 def common_prefix(images: Iterable[str]) -> str:
@@ -109,14 +117,10 @@ class Inside:
 
     def install(self, cancelled: Cancellation) -> None:
         """Raises ProvisionFailed, ClusterError."""
-        groups = [one["name"] for one in self.admin.raw("GET", "/apis").body["groups"]]
         for manifest in wanted(Choices(image_prefix=self.prefix, pool={}, own_api=True)):
             self.admin.apply(manifest)
-        for manifest in own_api_cluster(
-            groups, image_prefix=self.prefix, runtime_class=RUNTIME_CLASS, api_endpoints=self.api_endpoints()
-        ):
-            self.admin.apply(manifest)
         self._await_node(cancelled)
+        self._apply_own_api(self._groups())
 
     def open(
         self, spec: BoundarySpec, ref: BoundaryRef, *, image: str, cancelled: Cancellation, tell: Tell
@@ -127,7 +131,10 @@ class Inside:
         listener = Listener(self.engine, installation=ref.installation, site=ref.site, image=image)
         additions, endpoints = Additions(), self.api_endpoints()
         own_api = Need.KUBERNETES_API in spec.needs
+        groups: Sequence[str] = ()
         if own_api:
+            groups = self._groups()
+            self._apply_own_api(groups)
             for manifest in render_own_api(mine, spec, api_endpoints=endpoints):
                 self.admin.apply(manifest)
             additions = Additions(
@@ -143,7 +150,7 @@ class Inside:
         self._insist(pod, mine, spec, image, nodes, listener, cancelled)
         environment: Mapping[str, str] = {}
         if own_api:
-            self._insist_on_own_api(mine, cancelled)
+            self._insist_on_own_api(mine, image, groups, cancelled)
             made = self.engine.get("Pod", mine.name, namespace_name(mine))
             if made is None:
                 raise BoundaryLost("the pod is not there any more")
@@ -156,6 +163,24 @@ class Inside:
         ports = [int(port["port"]) for port in found.get("ports") or () if port.get("port")]
         addresses = [address for one in found.get("endpoints") or () for address in one["addresses"]]
         return [(address, port) for address in addresses for port in ports]
+
+    def _groups(self) -> Sequence[str]:
+        """Of this cluster's API, also those whose server is away or is still getting ready; what makes a cluster may
+        add some after its first answer. Raises ClusterError."""
+        served = [one["name"] for one in self.admin.raw("GET", "/apis").body["groups"]]
+        registered = [
+            str(one["spec"].get("group") or "")
+            for where in _REGISTERED
+            for one in self.admin.raw("GET", where).body["items"]
+        ]
+        return sorted({*served, *registered} - {""})
+
+    def _apply_own_api(self, groups: Sequence[str]) -> None:
+        """Raises ClusterError."""
+        for manifest in own_api_cluster(
+            groups, image_prefix=self.prefix, runtime_class=RUNTIME_CLASS, api_endpoints=self.api_endpoints()
+        ):
+            self.admin.apply(manifest)
 
     def _await_node(self, cancelled: Cancellation) -> Sequence[Manifest]:
         """-> the nodes, one of them ready and each with the runtime. Raises ProvisionFailed, ClusterError."""
@@ -192,31 +217,16 @@ class Inside:
         status = answer(self.kubeconfig, "/api", token=KNOWN_TOKEN, within_s=_ANSWER_S)
         return None if status == 401 else f"the bearer of a token that everybody knows is answered with {status}"
 
-    def _insist_on_own_api(self, mine: BoundaryRef, cancelled: Cancellation) -> None:
-        """A wall that the scenario's account may not take down: what it may write otherwise says that it is known."""
+    def _insist_on_own_api(self, mine: BoundaryRef, image: str, groups: Sequence[str], cancelled: Cancellation) -> None:
+        """Raises ProvisionFailed, ClusterError."""
         account = f"system:serviceaccount:{namespace_name(mine)}:sandbox"
-        as_scenario = Cluster.from_kubeconfig(self.kubeconfig, acting_as=account)
-        policy = {
-            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-            "metadata": {"name": "canary", "namespace": NAMESPACE}, "spec": {"podSelector": {}},
-        }  # fmt: skip
-        config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "canary", "namespace": NAMESPACE}}
-
-        def tried() -> str | None:
-            try:
-                as_scenario.create(config, dry_run=True)
-            except Denied as error:
-                return f"the scenario may not write what it must: {error}"
-            try:
-                as_scenario.create(policy, dry_run=True)
-            except Denied:
-                return None
-            return "the scenario may write network policies"
-
+        scenario = Cluster.from_kubeconfig(self.kubeconfig, acting_as=account)
         try:
-            self._until_refused(tried, cancelled)
+            self._until_refused(
+                lambda: own_api_fault(scenario, image=image, runtime_class=RUNTIME_CLASS, groups=groups), cancelled
+            )
         finally:
-            as_scenario.close()
+            scenario.close()
 
     def _until_refused(self, tried: Callable[[], str | None], cancelled: Cancellation) -> None:
         """Policies are in force moments after they are applied. Raises ProvisionFailed, ClusterError."""

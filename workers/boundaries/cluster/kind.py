@@ -16,7 +16,7 @@ import structlog
 
 from service.core.boundary import BoundaryKind, BoundaryRef, Cancellation
 from service.core.errors import NotYetDestroyed, ProvisionFailed
-from workers.boundaries.cluster.engine import Engine, EngineFailed
+from workers.boundaries.cluster.engine import LOAD_S, Engine, EngineFailed
 from workers.boundaries.cluster.kind_host import Needs, lacks, memory_lacks, versions
 from workers.boundaries.cluster.kind_places import MARK, Place, Places, kill_makers
 from workers.boundaries.cluster.kind_render import (
@@ -50,6 +50,8 @@ _CREATE_S = 300.0
 _CLEAR_S = 20.0
 _CLEAR_AGAIN_S = 1.0
 _LOOK_S = 0.5
+_SLACK_S = 60.0
+"""For what the engine is asked before and after kind."""
 _ANSWERS_S = 3.0
 
 
@@ -137,6 +139,9 @@ class KindProvisioner:
             if isinstance(error, EngineFailed | ProcessFailed | OSError):
                 raise ProvisionFailed(f"the cluster could not be made: {error}") from error
             raise
+
+    def longest_s(self) -> float:
+        return _PATIENT_S + _CREATE_S + 2 * LOAD_S * len(self._host.archives) + _CLEAR_S + _SLACK_S
 
     def discover(self) -> Iterator[BoundaryRef]:
         """From the labels of networks. What lost its network, or its directory, is found by its name: those are listed

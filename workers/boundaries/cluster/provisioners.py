@@ -39,6 +39,10 @@ class Provisioner(Protocol):
         NoRoom when all places are taken, which the caller may wait out."""
         ...
 
+    def longest_s(self) -> float:
+        """After so long `create` has made one or given up."""
+        ...
+
     def discover(self) -> Iterator[BoundaryRef]:
         """What exists for this installation and site, by the platform's own labels; half-made ones too."""
         ...
