@@ -8,16 +8,15 @@ import fcntl
 import os
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from types import FrameType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import celery.apps.worker
 import structlog
@@ -40,9 +39,9 @@ from service.metrics import Address, new_registry, serve_if_asked
 from service.settings import Settings, unknown_names
 from workers.drain import draining
 from workers.environment import cluster_choices
+from workers.housekeeping import Housekeeping, Times
 from workers.metrics import MeteredLine, MeteredRecovery, PoolMetrics, ReaperMetrics
-from workers.reaper import Reaper, Swept, watch_sites
-from workers.reconcile import reconcile
+from workers.reaper import Reaper
 from workers.registrar import registering
 from workers.registry import Keeping, Warmable, load
 from workers.run_scenario import Line
@@ -53,11 +52,6 @@ _JUST_HEARD_S = 0.2
 """A child that was handed a bell has begun to play by then."""
 
 log = structlog.get_logger()
-_KEEP_S = 1.0
-_LOOK_S = 0.1
-_END_S = 12.0
-"""Of a reaper that is told to end: whoever tells it kills it after 20 s (`blastdoor up`)."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -329,8 +323,7 @@ def _scraped(pool: PoolMetrics, asked: str) -> type[Any]:
 
 
 def run_reaper(settings: Settings) -> int:
-    """Reconcile and sweep on a timer until SIGTERM or SIGINT, then once more. Returns 0; what waits for something that
-    resists is given up by then, since whoever comes next finds it by its labels, and ends with the process."""
+    """Reconcile and sweep on a timer until SIGTERM or SIGINT, then once more. Returns 0."""
     configure(settings.log_level, program="reaper")
     own_the_streams()
     say_unknown(unknown_names())
@@ -352,81 +345,13 @@ def run_reaper(settings: Settings) -> int:
         quarantine_after=timedelta(seconds=settings.quarantine_after_s), on_quarantine=metrics.quarantined.inc,
         silent_after=timedelta(seconds=settings.site_silent_s),
     )  # fmt: skip
-    keepers = [
-        threading.Thread(target=_keep, args=(boundary, stop, metrics), name=f"keep-{boundary.kind}")
-        for boundary in parts.boundaries.values()
-        if isinstance(boundary, Keeping)
-    ]
-
-    def reap() -> None:
-        while not stop.is_set():
-            housekeep(parts, reaper, runs, metrics)
-            due = time.monotonic() + settings.housekeeping_s
-            while (left_s := due - time.monotonic()) > 0 and not stop.wait(min(settings.orders_poll_s, left_s)):
-                _passed(reaper.attend)
-        for keeper in keepers:
-            keeper.join()
-        housekeep(parts, reaper, runs, metrics)
-
-    reaping = threading.Thread(target=reap, name="reap")
-    for thread in (*keepers, reaping):
-        thread.start()
-    while not stop.is_set() and reaping.is_alive():  # not by waiting for `stop`: its lock is what the handler takes
-        time.sleep(_LOOK_S)
-    crashed = not stop.is_set()
-    stop.set()
-    reaping.join(_END_S)
-    if reaping.is_alive():
-        log.warning("something resists as the reaper ends; the next one goes on")
-        sys.stdout.flush()
-        os._exit(0)  # its threads hold nothing that must be given back, and would be waited for
-    return int(crashed)
-
-
-def _keep(boundary: Keeping, stop: threading.Event, metrics: ReaperMetrics) -> None:
-    """Boundaries that are made before anybody asks, until we stop: then those that nobody has are ended. In a thread
-    of its own, since to make one takes half a minute; each pass asks what there is anew."""
-    while not stop.is_set():
-        _passed(partial(boundary.keep, cancelled=stop))
-        metrics.standing(boundary.standing())
-        stop.wait(_KEEP_S)
-    _passed(boundary.keep_none)
-    metrics.standing(boundary.standing())
-
-
-def housekeep(parts: Parts, reaper: Reaper, runs: ReaperStore, metrics: ReaperMetrics) -> None:
-    """One pass. What cannot be reached now is reached by the next pass; nothing here keeps state between passes."""
-    settings = parts.settings
-
-    def passing() -> Swept:
-        times = {
-            "max_queue": timedelta(seconds=settings.max_queue_s),
-            "ring_after": timedelta(seconds=settings.ring_after_s),
-        }
-        reconcile(runs, parts.doorbell, parts.hints, **times)
-        watch_sites(runs, parts.hints, own=settings.site, silent_after=timedelta(seconds=settings.site_silent_s))
-        return reaper.sweep()
-
-    with metrics.passes.time():
-        swept = _passed(passing)
-    if swept is None:
-        metrics.failed.inc()
-        return
-    for ref in swept.destroyed:
-        metrics.swept.labels(ref.boundary).inc()
-    for ref in swept.resisted:
-        metrics.resisted.labels(ref.boundary).inc()
-    metrics.orphans.set(len(swept.resisted))
-    if swept.destroyed or swept.resisted:
-        log.info("swept", destroyed=len(swept.destroyed), resisted=len(swept.resisted), recorded=swept.recorded)
-
-
-def _passed(work: Callable[[], T]) -> T | None:
-    """-> None when it was interrupted."""
-    try:
-        return work()
-    except BlastdoorError as error:
-        log.warning("housekeeping was interrupted; the next pass goes on", error=str(error))
-    except Exception:  # a defect; the reaper outlives it, since nothing else ends what a dead worker left
-        log.exception("housekeeping failed; the next pass goes on")
-    return None
+    housekeeping = Housekeeping(
+        reaper=reaper, runs=runs, doorbell=parts.doorbell, hints=parts.hints, metrics=metrics, site=settings.site,
+        kept=[boundary for boundary in parts.boundaries.values() if isinstance(boundary, Keeping)],
+        times=Times(
+            every=timedelta(seconds=settings.housekeeping_s), orders=timedelta(seconds=settings.orders_poll_s),
+            max_queue=timedelta(seconds=settings.max_queue_s), ring_after=timedelta(seconds=settings.ring_after_s),
+            site_silent=timedelta(seconds=settings.site_silent_s),
+        ),
+    )  # fmt: skip
+    return housekeeping.run(stop)

@@ -1,4 +1,4 @@
-"""Each test that README.md, SECURITY.md and docs/ name is there: no threat is "shown by" what was renamed or removed."""
+"""Each test that our documents name is there: no threat is "shown by" what was renamed or removed."""
 
 import re
 from collections.abc import Iterator, Mapping
