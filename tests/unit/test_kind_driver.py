@@ -221,7 +221,7 @@ def test_a_host_on_which_nothing_can_be_claimed_is_one_on_which_none_could_be_ma
     site.standby.keep(cancelled=Never())
     fails(site, monkeypatch, where)
     with (
-        pytest.raises(ProvisionFailed, match="No space left|no answer"),
+        pytest.raises(ProvisionFailed, match=r"No space left|no answer"),
         site.boundary.open(SPEC, new_ref(), cancelled=Never()),
     ):
         raise AssertionError

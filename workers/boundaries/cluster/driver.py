@@ -32,7 +32,7 @@ from workers.boundaries.cluster.capi import CapiHost, CapiProvisioner
 from workers.boundaries.cluster.engine import EngineFailed
 from workers.boundaries.cluster.inside import LONGEST_S, Inside, common_prefix, get_ready
 from workers.boundaries.cluster.kind import KindHost, KindProvisioner
-from workers.boundaries.cluster.provisioners import NoRoom, Provisioner, Tell
+from workers.boundaries.cluster.provisioners import NameTaken, NoRoom, Provisioner, Tell
 from workers.boundaries.cluster.standby import Standby
 from workers.kube import ClusterError
 from workers.pods.render import hashed
@@ -153,6 +153,8 @@ class ClusterBoundary:
                 opened.callback(inside.close)
                 sandbox = inside.open(spec, ref, image=image, cancelled=cancelled, tell=self._tell)
                 reach(Failpoint.OPEN_CREATED)
+            except NameTaken:
+                raise
             except BaseException as error:
                 with suppress(NotYetDestroyed):  # the reaper has the reference
                     provisioner.destroy(ref)

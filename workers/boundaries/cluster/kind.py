@@ -39,7 +39,7 @@ from workers.boundaries.cluster.kind_render import (
     step_of,
     unlabelled,
 )
-from workers.boundaries.cluster.provisioners import NoRoom, Tell
+from workers.boundaries.cluster.provisioners import NameTaken, NoRoom, Tell
 from workers.boundaries.cluster.stranger import answer
 from workers.proc import ProcessFailed, follow
 
@@ -120,7 +120,7 @@ class KindProvisioner:
 
     def create(self, ref: BoundaryRef, *, cancelled: Cancellation, tell: Tell) -> Path:
         """When it returns the API server answers; the node may still be getting ready. It waits for no place: whoever
-        asks may be given one by other means. Raises NoRoom at once, ProvisionFailed."""
+        asks may be given one by other means. Raises NoRoom at once, NameTaken, ProvisionFailed."""
         self.accept(ref)
         if cancelled.is_set():
             raise ProvisionFailed("not wanted any more, before anything was made")
@@ -129,7 +129,7 @@ class KindProvisioner:
         try:
             self._places.make()
             self._take_place(ref)
-        except (EngineFailed, OSError) as error:  # above all: the name is taken, and what has it is not ours to undo
+        except (EngineFailed, OSError) as error:
             raise ProvisionFailed(f"the cluster's network could not be made: {error}") from error
         try:
             return self._make(ref, cancelled, tell)
@@ -215,15 +215,14 @@ class KindProvisioner:
         return [one.labels for one in self._engine.networks(labels=mine | _OF_KIND, read=LABELS)]
 
     def _take_place(self, ref: BoundaryRef) -> None:
-        """Under the cap the network is made: from then on it counts. Raises NoRoom, ProvisionFailed, EngineFailed,
-        OSError."""
+        """Under the cap the network is made: from then on it counts. Raises NoRoom, NameTaken, EngineFailed, OSError."""
         most = self._host.max_clusters
         with self._places.locked("cap"):
             if not self.has_room():
                 raise NoRoom(f"there are {most} clusters on this host, and no more are allowed at once")
             name = network_name(ref.name, ref.installation)
             if self._engine.has_network(name):
-                raise ProvisionFailed(f"there is a network {name} already")
+                raise NameTaken(f"there is a network {name} already")
             self._engine.create_network(name, labels=labels(ref), options=render_network_options())
 
     def _make(self, ref: BoundaryRef, cancelled: Cancellation, tell: Tell) -> Path:

@@ -15,6 +15,10 @@ class NoRoom(ProvisionFailed):
     """As many clusters as are allowed are there, and nothing was made: it may be asked again when one has gone."""
 
 
+class NameTaken(ProvisionFailed):
+    """There is something of that name, which whoever asked did not make: it is not theirs to undo."""
+
+
 class Provisioner(Protocol):
     """Makes a whole cluster for one run, and takes it away again. Usable from any process: `destroy` needs nothing
     that is only in memory."""
@@ -36,7 +40,8 @@ class Provisioner(Protocol):
     def create(self, ref: BoundaryRef, *, cancelled: Cancellation, tell: Tell) -> Path:
         """-> kubeconfig of the new cluster's administrator, mode 0600, in a directory that `destroy` removes. Raises
         ProvisionFailed, also when cancelled; whatever fails leaves nothing, or what `destroy` then removes. Raises
-        NoRoom when all places are taken, which the caller may wait out."""
+        NoRoom when all places are taken, which the caller may wait out, and NameTaken, after which the caller must not
+        destroy what is there."""
         ...
 
     def longest_s(self) -> float:

@@ -23,6 +23,7 @@ from service.core.ids import new_run_id
 from workers.boundaries.cluster.kind import KindProvisioner
 from workers.boundaries.cluster.kind_places import Place
 from workers.boundaries.cluster.kind_render import STANDBY, VARIANT
+from workers.boundaries.cluster.provisioners import NameTaken
 
 log = structlog.get_logger()
 
@@ -201,8 +202,9 @@ class Standby:
             self._prepare(kubeconfig, cancelled)
             self._provisioner.places.place(ref.name).say_ready(record)
         except BaseException as error:
-            with suppress(NotYetDestroyed):  # the reaper has its label
-                self._provisioner.destroy(ref)
+            if not isinstance(error, NameTaken):
+                with suppress(NotYetDestroyed):  # the reaper has its label
+                    self._provisioner.destroy(ref)
             if not isinstance(error, BlastdoorError | OSError):
                 raise
             if not cancelled.is_set():
