@@ -16,7 +16,7 @@ from workers.boundaries.cluster.driver import ClusterBoundary
 from workers.boundaries.cluster.engine import EngineFailed
 from workers.boundaries.cluster.kind import KindHost, KindProvisioner
 from workers.boundaries.cluster.kind_render import network_name
-from workers.boundaries.cluster.provisioners import NameTaken
+from workers.boundaries.cluster.provisioners import NameTaken, NoRoom
 
 SPEC = BoundarySpec(limits=Limits(), network=Network(mode="none"))
 IMAGES = {"default": f"registry.example/run@sha256:{'0' * 64}"}
@@ -78,3 +78,17 @@ def test_what_has_a_runs_name_already_is_not_undone_by_the_run(kinds: KindProvis
     with pytest.raises(ProvisionFailed, match="no more than networks"), boundary.open(SPEC, other, cancelled=Never()):
         raise AssertionError
     assert engine.names == [network_name(ref.name, "inst0")], "the control: what it made itself is"
+
+
+def test_two_installations_that_see_the_last_place_at_once_do_not_both_take_it(
+    kinds: KindProvisioner, engine: PaperEngine
+) -> None:
+    engine.names = ["bd-1.theirs"]
+    engine.meanwhile = lambda: engine.names.append("bd-2.theirs")
+    with pytest.raises(NoRoom):
+        kinds.create(new_ref(), cancelled=Never(), tell=print)
+    assert engine.names == ["bd-1.theirs", "bd-2.theirs"], "and what it made is taken back"
+    assert kinds.places.all() == []
+    engine.names, engine.meanwhile = ["bd-1.theirs"], lambda: None
+    with pytest.raises(ProvisionFailed, match="no more than networks"):
+        kinds.create(new_ref(), cancelled=Never(), tell=print)

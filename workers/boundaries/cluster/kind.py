@@ -182,7 +182,7 @@ class KindProvisioner:
 
     def has_room(self) -> bool:
         """Whether another cluster is allowed. Raises EngineFailed."""
-        return len(self._engine.networks(labels=_OF_KIND, read=())) < self._host.max_clusters
+        return self._all_there() < self._host.max_clusters
 
     def image_id(self) -> str | None:
         """Of the node image; None when the engine does not have it. Raises EngineFailed."""
@@ -210,20 +210,30 @@ class KindProvisioner:
         owner = self._places.place(ref.name).claimed_by()
         return ref if owner is None or owner.installation != ref.installation else owner
 
+    def _all_there(self) -> int:
+        """Clusters on this engine, whosever they are. Raises EngineFailed."""
+        return len(self._engine.networks(labels=_OF_KIND, read=()))
+
     def _networks(self) -> list[Mapping[str, str]]:
         mine = {PREFIX + "managed": "true", PREFIX + "installation": self._host.installation}
         return [one.labels for one in self._engine.networks(labels=mine | _OF_KIND, read=LABELS)]
 
     def _take_place(self, ref: BoundaryRef) -> None:
-        """Under the cap the network is made: from then on it counts. Raises NoRoom, NameTaken, EngineFailed, OSError."""
+        """Under the cap the network is made: from then on it counts. The lock is of this host's state alone: another
+        installation may have looked when we did, so that whoever then finds too many takes its own back. Raises NoRoom,
+        NameTaken, EngineFailed, OSError."""
         most = self._host.max_clusters
+        full = NoRoom(f"there are {most} clusters on this host, and no more are allowed at once")
         with self._places.locked("cap"):
-            if not self.has_room():
-                raise NoRoom(f"there are {most} clusters on this host, and no more are allowed at once")
+            if self._all_there() >= most:
+                raise full
             name = network_name(ref.name, ref.installation)
             if self._engine.has_network(name):
                 raise NameTaken(f"there is a network {name} already")
             self._engine.create_network(name, labels=labels(ref), options=render_network_options())
+            if self._all_there() > most:
+                self._engine.remove_network(name)
+                raise full
 
     def _make(self, ref: BoundaryRef, cancelled: Cancellation, tell: Tell) -> Path:
         """Raises ProvisionFailed, EngineFailed, ProcessFailed, OSError."""
