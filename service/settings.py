@@ -30,7 +30,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="ignore", hide_input_in_errors=True)
 
     environment: Literal["production", "development", "test"] = Field(
-        "production", description="failpoints exist only where this is test"
+        "production",
+        description="failpoints, and nodes of Cluster API that are no machines, exist only where this is test",
     )
 
     # Where state lives

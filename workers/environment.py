@@ -41,7 +41,7 @@ def cluster_choices(settings: Settings) -> ClusterChoices:
         at_once=settings.clusters_at_once, standby=settings.standby_clusters, kind=settings.kind,
         docker=settings.docker, docker_host=settings.docker_host, node_image=settings.kind_node_image,
         ready_s=settings.capi_ready_s, capi_kubeconfig=settings.capi_kubeconfig, capi_namespace=settings.capi_namespace,
-        capi_topology=settings.capi_topology,
+        capi_topology=settings.capi_topology, development=settings.environment == "test",
     )  # fmt: skip
 
 

@@ -128,7 +128,7 @@ class ClusterChoices(_Frozen):
     """How boundary `cluster` makes its clusters. `provisioners`: those to be offered, `kind` and `capi`; `images`: of
     each runtime the image, by digest; `archives`: OCI archives with those images that a node of kind does not have;
     `at_once`: clusters of each provisioner at the same time; `standby`: of kind, made before anybody asks; `ready_s`:
-    a cluster of Cluster API that is not ready by then is given up."""
+    a cluster of Cluster API that is not ready by then is given up; `development`: its nodes need not be machines."""
 
     provisioners: tuple[str, ...] = ()
     images: Mapping[str, str] = {}
@@ -143,6 +143,7 @@ class ClusterChoices(_Frozen):
     capi_namespace: str = "blastdoor-clusters"
     capi_topology: Path | None = None
     ready_s: float = 900.0
+    development: bool = False
 
 
 NO_CLUSTERS = ClusterChoices()

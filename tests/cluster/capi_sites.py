@@ -127,7 +127,7 @@ def sites(admin: Cluster, kubeconfig: Path, folder: Path, *, rights: tuple[str, 
         host = CapiHost(
             installation=f"test{uuid.uuid4().hex[:12]}", site="here", namespace=played.namespace, topology=None,
             kubeconfig=engine(admin, played.namespace, folder / "engine.kubeconfig", rights=rights),
-            max_clusters=2, state=folder / "state", ready_s=60,
+            max_clusters=2, state=folder / "state", ready_s=60, development=True,
         )  # fmt: skip
         provisioner = CapiProvisioner(host)
         eventually(lambda: not provisioner.lacks(), lambda: str(provisioner.lacks()))  # rights take a moment
@@ -211,7 +211,7 @@ def _be_a_worker() -> None:
     ref, installation, kubeconfig, namespace, state = sys.argv[1:]
     host = CapiHost(
         installation=installation, site="here", kubeconfig=Path(kubeconfig), namespace=namespace, topology=None,
-        max_clusters=2, state=Path(state), ready_s=600,
+        max_clusters=2, state=Path(state), ready_s=600, development=True,
     )  # fmt: skip
     CapiProvisioner(host).create(BoundaryRef.model_validate_json(ref), cancelled=Never(), tell=print)
     time.sleep(600)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from service.core.boundary import BoundaryKind, BoundaryRef
+from service.core.errors import ProvisionFailed
 from service.core.ids import new_run_id
 from tests.cluster.capi_provider import install
 from tests.cluster.capi_sites import TEMPLATES, Site, class_of_ours, defined, management, post, site, sites
@@ -191,11 +192,24 @@ def test_each_thing_that_is_missing_is_named_with_its_remedy(site: Site, tmp_pat
         ({"topology": more}, "NoSuchCluster of infrastructure.cluster.x-k8s.io/v1beta2.*has .*v1beta2.*up to date"),
         ({"namespace": "default"}, "the right to .* in default.*: cluster_templates/capi/rbac"),
         ({"max_clusters": 0}, "at least one cluster"),
+        ({"development": False}, "machines of the cluster's own: DevClusterTemplate, DevMachineTemplate are"),
+        ({"development": False, "topology": TEMPLATES / "plain"}, "machines of the cluster's own: DevCluster, Dev"),
     ):  # fmt: skip
         other = site.another(**change)
         (said,) = other.lacks()
         assert re.search(says, said), said
         other.close()
+
+
+def test_a_run_gets_no_nodes_that_are_containers_of_one_host(site: Site) -> None:
+    """Also where the class was written anew after it was looked at."""
+    real, ref = site.another(development=False), site.ref()
+    with pytest.raises(ProvisionFailed, match="machines of the cluster's own: DevClusterTemplate"):
+        real.create(ref, cancelled=Never(), tell=site.told.append)
+    assert site.provider.left() == []
+    site.create(ref)  # the control: where nobody is promised machines
+    site.gone(ref)
+    real.close()
 
 
 def test_a_management_cluster_without_cluster_api_is_told_how_to_get_it(site: Site) -> None:

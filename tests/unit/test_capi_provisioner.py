@@ -9,9 +9,12 @@ import pytest
 
 from service.core.boundary import BoundaryKind, BoundaryRef
 from service.core.errors import NotYetDestroyed, ProvisionFailed
+from service.settings import Settings
 from tests.sandboxes import Never
 from workers.boundaries.cluster.capi import CapiHost, CapiProvisioner
+from workers.environment import cluster_choices
 from workers.kube import ClusterError
+from workers.kube.manifests import FOLDER
 
 REF = BoundaryRef(
     installation="inst0", kind=BoundaryKind.CLUSTER, variant="capi", site="here", tenant="acme",
@@ -70,6 +73,21 @@ def test_what_is_missing_is_said_before_anything_is_asked(host: CapiHost) -> Non
     assert said.startswith("a management cluster that answers: ")
     (said,) = CapiProvisioner(replace(host, topology=host.state)).lacks()
     assert said.startswith("a topology that a cluster can be made from: ")
+
+
+def test_where_machines_are_promised_containers_are_none(host: CapiHost) -> None:
+    host.kubeconfig.write_text("{}")
+    plain = replace(host, topology=FOLDER / "capi" / "plain")
+    (said,) = CapiProvisioner(plain).lacks()
+    assert said.startswith("machines of the cluster's own: DevCluster, DevMachineTemplate are containers")
+    (said,) = CapiProvisioner(replace(plain, development=True)).lacks()
+    assert said.startswith("a management cluster that answers: ")
+
+
+@pytest.mark.parametrize(("environment", "taken"), [("production", False), ("development", False), ("test", True)])
+def test_they_are_taken_in_tests_alone(environment: str, taken: bool) -> None:
+    settings = Settings.model_validate({"environment": environment})
+    assert cluster_choices(settings).development is taken
 
 
 def test_versions_are_told_as_far_as_they_are_known(host: CapiHost) -> None:

@@ -26,6 +26,7 @@ from workers.boundaries.cluster.capi_render import (
     kubeconfig_of,
     kubernetes_version,
     mine,
+    pretended,
     read_ref,
     read_topology,
     render_cluster,
@@ -36,6 +37,7 @@ from workers.kube import Manifest
 from workers.kube.manifests import FOLDER
 
 PLAIN = FOLDER / "capi" / "plain"
+VARIANTS = [FOLDER / "capi" / "variants" / name for name in ("bottlerocket", "cos", "flatcar", "talos")]
 REF = BoundaryRef(
     installation="inst0", kind=BoundaryKind.CLUSTER, variant="capi", site="here", tenant="acme",
     run_id="run_" + "0" * 31 + "1", fence=2, expires_at=datetime(2026, 1, 2, 3, 4, 5, 600, tzinfo=UTC),
@@ -46,6 +48,22 @@ HOSTILE = "acme\n  ${x}: {{name}} blastdoor.dev/run=1 " + "a" * 80
 
 def rendered(folder: Path, ref: BoundaryRef = REF) -> list[Manifest]:
     return list(render_cluster(ref, read_topology(folder), namespace="clusters"))
+
+
+@pytest.mark.parametrize("kind", ["DockerCluster", "DockerMachineTemplate", "DockerMachinePool", "DevMachineTemplate",
+                                  "InMemoryCluster", "InMemoryMachineTemplate"])  # fmt: skip
+def test_what_is_no_machine_is_found_where_it_stands_and_where_it_is_referred_to(kind: str) -> None:
+    ref = {"apiGroup": "infrastructure.cluster.x-k8s.io", "kind": kind, "name": "x"}
+    assert pretended([{"kind": "Cluster", "spec": {"infrastructureRef": ref}}]) == [kind]
+    assert pretended([{"kind": "ClusterClass", "spec": {"workers": [{"templateRef": ref}, ref]}}]) == [kind]
+    assert pretended([{"kind": kind}]) == [kind]
+    assert pretended([{"kind": "AWSCluster", "spec": {"note": kind, "name": [kind]}}]) == []
+
+
+def test_of_the_shipped_templates_the_plain_one_has_no_machines_of_its_own_and_no_variant_is_like_it() -> None:
+    found = {folder.name: pretended(read_topology(folder)) for folder in (PLAIN, SHIPPED, *VARIANTS)}
+    assert found.pop("plain") == ["DevCluster", "DevMachineTemplate"]
+    assert set(map(tuple, found.values())) == {()}
 
 
 # --- Documents --------------------------------------------------------------------------------------------------------

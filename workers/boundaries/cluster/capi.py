@@ -17,9 +17,10 @@ from pathlib import Path
 import structlog
 
 from service.core.boundary import BoundaryKind, BoundaryRef, Cancellation
+from service.core.controls import Limits
 from service.core.errors import BlastdoorError, BoundaryError, NotYetDestroyed, ProvisionFailed
 from workers.boundaries.cluster.capi_api import LEASES, SECRETS, Management, Resource
-from workers.boundaries.cluster.capi_probe import lacking
+from workers.boundaries.cluster.capi_probe import class_in_use, lacking, no_machines
 from workers.boundaries.cluster.capi_render import (
     CLUSTER_NAME,
     GROUP,
@@ -63,7 +64,7 @@ class CapiHost:
     """What the provisioner is told. `kubeconfig`: of the engine's user in the management cluster; `namespace`: there,
     for clusters of ours and nothing else; `topology`: a folder of templates, None for the shipped one; `max_clusters`:
     at once, of this installation and site; `state`: a folder of this host; `ready_s`: after so long, a cluster that is
-    not ready is given up."""
+    not ready is given up; `development`: nodes may be containers of one host, where nobody is promised machines."""
 
     installation: str
     site: str
@@ -73,6 +74,7 @@ class CapiHost:
     max_clusters: int
     state: Path
     ready_s: float
+    development: bool = False
 
 
 class CapiProvisioner:
@@ -108,8 +110,11 @@ class CapiProvisioner:
             topology = self._topology()
         except TopologyFault as error:
             return (f"a topology that a cluster can be made from: {error}",)
+        namespace, development = self._host.namespace, self._host.development
+        if (why := no_machines(topology, development=development)) is not None:
+            return (why,)
         try:
-            return tuple(lacking(self._management(_PROBE_S), topology, namespace=self._host.namespace))
+            return tuple(lacking(self._management(_PROBE_S), topology, namespace=namespace, development=development))
         except BlastdoorError as error:
             return (f"a management cluster that answers: {error}",)
 
@@ -123,6 +128,10 @@ class CapiProvisioner:
         with suppress(BlastdoorError):
             found["management_cluster"] = self._management(_PROBE_S).version()
         return found
+
+    def too_small_for(self, limits: Limits) -> str | None:
+        """How large its machines are is for the management cluster to know."""
+        return None
 
     # --- Making -------------------------------------------------------------------------------------------------------
 
@@ -153,6 +162,9 @@ class CapiProvisioner:
 
     def _make(self, ref: BoundaryRef, topology: Sequence[Manifest], until: "_Until", tell: Tell) -> Path:
         management = self._management()
+        in_use = class_in_use(management, topology, namespace=self._host.namespace)
+        if (why := no_machines([*topology, *in_use], development=self._host.development)) is not None:
+            raise ProvisionFailed(f"a cluster here needs {why}")
         made: Manifest = {}
         for one in render_cluster(ref, topology, namespace=self._host.namespace):
             until.look()

@@ -35,6 +35,7 @@ SECRET_TYPE = f"{GROUP}/secret"
 SHIPPED = FOLDER / "capi" / "topology"
 _PLACES = frozenset({"name", "namespace"})
 _NAME = re.compile(r"\{\{name\}\}(-[a-z0-9]([a-z0-9-]{0,14}[a-z0-9])?)?")
+_PRETENDED = re.compile(r"(Docker|Dev|InMemory)(Cluster|Machine)")
 _RUN_ID = re.compile(r"run_[0-9a-f]{32}")
 _MOST_BYTES = 256 * 1024
 """Of a kubeconfig: a real one has some ten thousand."""
@@ -134,6 +135,18 @@ def class_of(topology: Sequence[Manifest]) -> tuple[str, str | None] | None:
     ref = said.get("classRef") or {}
     name = ref.get("name") or said.get("class")
     return (str(name), ref.get("namespace") or said.get("classNamespace")) if name else None
+
+
+def pretended(documents: Any) -> Sequence[str]:
+    """The kinds in these documents, and in what they refer to, whose machines are none: containers of one host that
+    share its kernel, or nothing at all. They are Cluster API's own, for development."""
+    if isinstance(documents, Mapping):
+        kind = documents.get("kind")
+        here = {kind} if isinstance(kind, str) and _PRETENDED.match(kind) else set()
+        return sorted(here.union(*map(pretended, documents.values())))
+    if isinstance(documents, Sequence) and not isinstance(documents, str):
+        return sorted(set().union(*map(pretended, documents)))
+    return []
 
 
 def kubernetes_version(topology: Sequence[Manifest]) -> str:
