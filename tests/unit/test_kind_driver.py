@@ -243,3 +243,15 @@ def test_a_cluster_that_could_not_be_used_is_ended_and_nobody_holds_connections_
         raise AssertionError
     assert [inside.is_closed for inside in site.insides] == [True]
     assert list(site.clusters.discover()) == []
+
+
+def test_a_run_that_no_node_holds_is_refused_with_the_figures_before_anything_is_made(site: Site) -> None:
+    large = SPEC.model_copy(update={"limits": Limits(memory=4 * 2**30)})
+    with (
+        pytest.raises(ProvisionFailed, match="does not hold 4096 MiB of memory: a cluster's node has 2176 MiB left"),
+        site.boundary.open(large, new_ref(), cancelled=Never()),
+    ):
+        raise AssertionError
+    assert site.clusters.made == []
+    with site.boundary.open(SPEC.model_copy(update={"limits": Limits(memory=2 * 2**30)}), new_ref(), cancelled=Never()):
+        assert len(site.clusters.made) == 1, "the control"

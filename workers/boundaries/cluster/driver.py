@@ -197,6 +197,8 @@ class ClusterBoundary:
             raise ProvisionFailed(f"this boundary does not give {', '.join(not_given)}")
         if spec.network.mode != "none":
             raise ProvisionFailed("this boundary has no network to allow")
+        if (why := self._provisioners[ref.variant].too_small_for(spec.limits)) is not None:
+            raise ProvisionFailed(f"a cluster here does not hold {why}")
         return self._provisioners[ref.variant], self._images[spec.runtime]
 
     def _make(self, provisioner: Provisioner, ref: BoundaryRef, cancelled: Cancellation) -> Inside:

@@ -15,6 +15,7 @@ from pathlib import Path
 import structlog
 
 from service.core.boundary import BoundaryKind, BoundaryRef, Cancellation
+from service.core.controls import Limits
 from service.core.errors import NotYetDestroyed, ProvisionFailed
 from workers.boundaries.cluster.engine import LOAD_S, Engine, EngineFailed
 from workers.boundaries.cluster.kind_host import Needs, lacks, memory_lacks, versions
@@ -28,6 +29,7 @@ from workers.boundaries.cluster.kind_render import (
     is_installation,
     is_name,
     labels,
+    left_for_a_run,
     network_name,
     read_labels,
     read_network_name,
@@ -117,6 +119,12 @@ class KindProvisioner:
 
     def versions(self) -> Mapping[str, str]:
         return versions(self._needs)
+
+    def too_small_for(self, limits: Limits) -> str | None:
+        left = left_for_a_run(self._host.node)
+        if limits.memory <= left:
+            return None
+        return f"{limits.memory >> 20} MiB of memory: a cluster's node has {left >> 20} MiB left for a run"
 
     def create(self, ref: BoundaryRef, *, cancelled: Cancellation, tell: Tell) -> Path:
         """When it returns the API server answers; the node may still be getting ready. It waits for no place: whoever

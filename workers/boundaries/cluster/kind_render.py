@@ -37,6 +37,9 @@ _PATCHES = ("kubeadm", "init", "kubelet")
 _CONTAINERD = ("containerd-v2", "containerd-v3")
 _OUTSIDE_PODS = 256 * 2**20
 """Of a node's memory, for its systemd, containerd and kubelet: they are in no pod."""
+_OTHER_PODS = 640 * 2**20
+"""What all pods but the run's ask for: 290 MiB those of the control plane and of the network, the rest is for ours with
+their overhead, and the overhead of the run's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,11 @@ class Node:
     pids: int = 4096
     pod_pids: int = 1024
     cpus: float | None = None
+
+
+def left_for_a_run(node: Node) -> int:
+    """-> the most memory that a run's pod may ask for, in bytes: a larger one is placed on no such node."""
+    return node.memory_bytes - _OUTSIDE_PODS - _OTHER_PODS
 
 
 def is_installation(text: str) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from service.core.boundary import BoundaryRef, Cancellation
+from service.core.controls import Limits
 from service.core.errors import ProvisionFailed
 
 Tell = Callable[[str], None]
@@ -35,6 +36,10 @@ class Provisioner(Protocol):
 
     def versions(self) -> Mapping[str, str]:
         """Of what builds it, by name: `{"kind": "0.33.0", "engine": "28.5.2"}`; what is not known is left out."""
+        ...
+
+    def too_small_for(self, limits: Limits) -> str | None:
+        """Why no cluster of its would hold a run's pod with these limits; None: one would, as far as is known."""
         ...
 
     def create(self, ref: BoundaryRef, *, cancelled: Cancellation, tell: Tell) -> Path:
