@@ -61,7 +61,6 @@ class Container:
     id: str
     cluster: str
     network: str
-    is_running: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +131,10 @@ class Engine:
         """All of kind's, stopped ones too. Raises EngineFailed."""
         ids = self._ask("ps", "--all", "--no-trunc", "--quiet", f"--filter=label={KIND_CLUSTER}").split()
         cluster = f'{{{{index .Config.Labels "{KIND_CLUSTER}"}}}}'
-        columns = "\t".join(["{{.Id}}", cluster, "{{.HostConfig.NetworkMode}}", "{{.State.Running}}"])
+        columns = "\t".join(["{{.Id}}", cluster, "{{.HostConfig.NetworkMode}}"])
         said = self._ask("inspect", "--type=container", f"--format={columns}", *ids, some_absent=True) if ids else ""
         rows = [line.split("\t") for line in said.splitlines() if line]
-        return [
-            Container(id=id_, cluster=name, network=network, is_running=running == "true")
-            for id_, name, network, running in rows
-        ]
+        return [Container(id=id_, cluster=name, network=network) for id_, name, network in rows]
 
     def load(self, container: str, archive: Path) -> None:
         """An OCI archive into containerd of a node, whose container this is. Raises EngineFailed."""
