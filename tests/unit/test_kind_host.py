@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from service.core.placement import version_at_least
 from workers.boundaries.cluster.engine import Engine
 from workers.boundaries.cluster.kind_host import (
     INOTIFY_INSTANCES,
@@ -42,6 +43,16 @@ def test_a_host_that_has_all_lacks_nothing_and_says_of_what_it_builds(tmp_path: 
     found = needs(tmp_path)
     assert lacks(found) == ()
     assert versions(found) == {"kind": "0.33.0", "engine": "28.5.2", "node_image": "sha256:0123"}
+
+
+def test_the_release_of_gvisor_is_what_the_node_image_says_so_that_a_policy_can_ask_for_a_later_one(
+    tmp_path: Path,
+) -> None:
+    image = IMAGE.replace('"1"', '"1", "dev.blastdoor.runsc": "20260905"')
+    found = versions(needs(tmp_path, image=f"echo '{image}'"))
+    assert version_at_least(found["runsc"], "20260901")
+    assert not version_at_least(found["runsc"], "20260906")
+    assert "runsc" not in versions(needs(tmp_path)), "of an image that does not say it nothing is known"
 
 
 @pytest.mark.parametrize(
@@ -92,3 +103,8 @@ def test_a_cluster_is_not_begun_in_memory_that_is_not_there(tmp_path: Path) -> N
     assert "976 MiB are left" in memory_lacks(meminfo)[0]
     meminfo.write_text("MemTotal:       24576000 kB\nMemAvailable:    9999999 kB\n")
     assert memory_lacks(meminfo) == ()
+
+
+def test_an_operator_is_told_of_inotify_what_is_looked_for() -> None:
+    told = (Path(__file__).parents[2] / "docs/operations.md").read_text("utf-8")
+    assert f"{INOTIFY_INSTANCES} instances and {INOTIFY_WATCHES:,} watches for each cluster" in told
