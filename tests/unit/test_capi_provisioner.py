@@ -11,7 +11,9 @@ from service.core.boundary import BoundaryKind, BoundaryRef
 from service.core.errors import NotYetDestroyed, ProvisionFailed
 from service.settings import Settings
 from tests.sandboxes import Never
+from tests.unit.test_kind_driver import BOTH, Here
 from workers.boundaries.cluster.capi import CapiHost, CapiProvisioner
+from workers.boundaries.cluster.driver import ClusterBoundary
 from workers.environment import cluster_choices
 from workers.kube import ClusterError
 from workers.kube.manifests import FOLDER
@@ -88,6 +90,14 @@ def test_where_machines_are_promised_containers_are_none(host: CapiHost) -> None
 def test_they_are_taken_in_tests_alone(environment: str, taken: bool) -> None:
     settings = Settings.model_validate({"environment": environment})
     assert cluster_choices(settings).development is taken
+
+
+@pytest.mark.parametrize("development", [True, False])
+def test_the_boundary_tells_its_provisioner(tmp_path: Path, development: bool) -> None:
+    here = Here(state_dir=tmp_path, clusters=BOTH.model_copy(update={"development": development}))
+    made = ClusterBoundary.for_host(here)._provisioners["capi"]
+    assert isinstance(made, CapiProvisioner)
+    assert made.host.development is development
 
 
 def test_versions_are_told_as_far_as_they_are_known(host: CapiHost) -> None:

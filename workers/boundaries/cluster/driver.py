@@ -253,6 +253,6 @@ def _made(variant: str, host: Host, choices: ClusterChoices, state: Path) -> Pro
         CapiHost(
             installation=host.installation, site=host.site, state=state, kubeconfig=choices.capi_kubeconfig,
             namespace=choices.capi_namespace, topology=choices.capi_topology, max_clusters=choices.at_once,
-            ready_s=choices.ready_s,
+            ready_s=choices.ready_s, development=choices.development,
         )
     )  # fmt: skip
