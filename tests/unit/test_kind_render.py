@@ -13,6 +13,7 @@ from workers.boundaries.cluster.kind_render import (
     LABELS,
     NODE_IMAGE,
     NODE_IMAGE_WITH,
+    RUNSC,
     PREFIX,
     STANDBY,
     Node,
@@ -95,7 +96,7 @@ def test_what_the_configuration_names_in_a_node_is_in_the_node_image() -> None:
         name = path.rpartition("/")[2]
         assert yaml.safe_load((folder / name).read_text())["kind"]
         assert name in recipe
-    assert f'LABEL {NODE_IMAGE}="{NODE_IMAGE_WITH}"' in recipe
+    assert f'LABEL {NODE_IMAGE}="{NODE_IMAGE_WITH}" {RUNSC}="${{RUNSC}}"' in recipe
 
 
 def test_what_the_node_may_not_have_of_the_host_is_set_aside_for_nobody() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workers.boundaries.cluster.engine import Engine, EngineFailed
-from workers.boundaries.cluster.kind_render import NODE_IMAGE, NODE_IMAGE_WITH, Node
+from workers.boundaries.cluster.kind_render import NODE_IMAGE, NODE_IMAGE_WITH, RUNSC, Node
 from workers.proc import ProcessFailed, run
 
 KIND_SINCE = (0, 33)
@@ -55,6 +55,8 @@ def versions(needs: Needs) -> Mapping[str, str]:
         found["engine"] = needs.engine.about(within_s=BRIEF_S).version
         if (image := needs.engine.image(needs.node_image, within_s=BRIEF_S)) is not None:
             found["node_image"] = image.id
+            if runsc := image.labels.get(RUNSC):
+                found["runsc"] = runsc
     except EngineFailed:
         pass  # what is not known is left out
     return found

@@ -24,6 +24,8 @@ PREFIX = "dev.blastdoor."
 NODE_IMAGE = PREFIX + "node-image"
 """On a node image that has what our configuration names, the number of what it has to have (node-image/Dockerfile)."""
 NODE_IMAGE_WITH = "1"
+RUNSC = PREFIX + "runsc"
+"""On a node image, the release of gVisor that is in it: 20260905."""
 LABELS = tuple(
     PREFIX + word
     for word in ("installation", "kind", "variant", "site", "tenant-hash", "run", "fence", "expires-at", "created-at")
