@@ -110,9 +110,7 @@ def _define_before(admin: Cluster) -> None:
 
 
 def _cluster_wide(admin: Cluster, endpoints: list[Endpoint]) -> list[Manifest]:
-    made = own_api_cluster(
-        api_groups(admin), image_prefix=IMAGE_PREFIX, runtime_class="gvisor", api_endpoints=endpoints
-    )
+    made = own_api_cluster(api_groups(admin), images=[IMAGE], runtime_class="gvisor", api_endpoints=endpoints)
     return list(made)
 
 

@@ -81,6 +81,11 @@ def _mounted(within: Manifest) -> Change:
     return change
 
 
+def _from_a_file(spec: Manifest, container: Manifest) -> None:
+    spec["volumes"] = [{"name": "more", "emptyDir": {"medium": "Memory"}}]
+    container["env"] = [{"name": "X", "valueFrom": {"fileKeyRef": {"volumeName": "more", "path": "x", "key": "X"}}}]
+
+
 _TOKEN = {"serviceAccountToken": {"path": "token"}}
 MUTANTS: Mapping[str, tuple[str, Change]] = {  # what it does -> the rule that it breaks
     "no runtime class": ("runtime-class", lambda spec, _: spec.pop("runtimeClassName")),
@@ -124,9 +129,11 @@ MUTANTS: Mapping[str, tuple[str, Change]] = {  # what it does -> the rule that i
         "cpu": "100m", "memory": "64Mi", "ephemeral-storage": "16Mi", "example.com/gpu": "1"}})),
     "a claimed device": ("resources", _spec(resourceClaims=[{"name": "gpu", "resourceClaimName": "gpu"}])),
     "another's image": ("image", _run(image=ELSEWHERE)),
+    "another image of the same name": ("image", _run(image=IMAGE[:-1] + ("1" if IMAGE.endswith("0") else "0"))),
     "an image by tag": ("image", _run(image=IMAGE.partition("@")[0] + ":1")),
     "another's image first": ("image", _init(image=ELSEWHERE)),
     "a secret to pull with": ("image", _spec(imagePullSecrets=[{"name": "x"}])),
+    "a file's words in its environment": ("environment", _from_a_file),
     "a directory of the host": ("volumes", _volume(hostPath={"path": "/"})),
     "a volume that is kept": ("volumes", _volume(persistentVolumeClaim={"claimName": "x"})),
     "a volume made for it": ("volumes", _volume(ephemeral={"volumeClaimTemplate": {"spec": {

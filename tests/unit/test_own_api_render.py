@@ -39,7 +39,7 @@ def pod(ref_: BoundaryRef) -> Manifest:
 
 
 def cluster_wide(**more: Any) -> list[Manifest]:
-    values = {"image_prefix": "registry.example/", "runtime_class": "gvisor", "api_endpoints": AT} | more
+    values = {"images": [IMAGE], "runtime_class": "gvisor", "api_endpoints": AT} | more
     return list(own_api_cluster(values.pop("groups", ["apps", "plugin.example.net"]), **values))
 
 
@@ -82,6 +82,14 @@ def test_only_the_way_to_the_api_server_beside_the_default_is_called_so() -> Non
         assert network_with_own_api(found, ref(), api_endpoints=endpoints) == word, found
 
 
+def test_the_pods_of_a_scenario_have_the_very_images_that_are_offered() -> None:
+    another = IMAGE.replace("/run@", "/other@")
+    made = [one for one in cluster_wide(images=[IMAGE, another]) if one["kind"] == "ValidatingAdmissionPolicy"]
+    rules = [rule for one in made for rule in one["spec"]["validations"]]
+    (rule,) = (one["expression"] for one in rules if one["message"].startswith("image: "))
+    assert f"'{another},{IMAGE}'.split(',')" in rule
+
+
 def test_a_pod_without_an_api_has_no_network_while_its_namespace_has_the_default_alone() -> None:
     way, deny = policies()
     assert [network(found) for found in ([deny], [], [way], [deny, way], [deny, EVERYTHING])] == [
@@ -117,7 +125,8 @@ def test_no_way_leads_to_a_name_or_nowhere(endpoints: list[tuple[str, int]]) -> 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"groups": []}, {"groups": ["a' || true || '"]}, {"image_prefix": "x' || '"}, {"image_prefix": "registry.example"},
+    [{"groups": []}, {"groups": ["a' || true || '"]}, {"images": []}, {"images": [IMAGE, "registry.example/"]},
+     {"images": ["registry.example/run:1"]}, {"images": [f"x' || '{IMAGE}"]}, {"images": [f"{IMAGE},registry"]},
      {"runtime_class": ""}, {"runtime_class": "x' || 'x"}, {"api_endpoints": []}],
 )  # fmt: skip
 def test_what_could_end_an_expression_early_or_match_too_much_is_refused(wrong: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 KUBECONFIG = f"{FOLDER}/kubeconfig"
 _ANNOTATION = f"{PREFIX}kubeconfig"
 _NAME = re.compile(r"[a-z0-9.-]{1,253}")
-_PREFIX = re.compile(r"[A-Za-z0-9._:/-]+[/@]")
+_IMAGE = re.compile(r"[A-Za-z0-9._:/-]+@sha256:[a-f0-9]{64}")
 """These become part of expressions, so they have no quotation mark. Parameters would be the other way; a policy that
 does not find its own refuses everybody."""
 _TOKEN_S = 600
@@ -47,22 +47,23 @@ _STORAGE_BYTES = 64 * 2**20
 
 
 def own_api_cluster(
-    groups: Sequence[str], *, image_prefix: str, runtime_class: str, api_endpoints: Sequence[Endpoint]
+    groups: Sequence[str], *, images: Sequence[str], runtime_class: str, api_endpoints: Sequence[Endpoint]
 ) -> Sequence[Manifest]:
     """What an administrator applies once, in this order, after `workers.kube.install.wanted` with `own_api=True`.
 
     `groups`: the names of all API groups that the cluster serves now (GET /apis); none is the scenario's to write.
-    `runtime_class`: every pod's. Needs Kubernetes 1.36 (MutatingAdmissionPolicy in v1). Raises ValueError.
+    `images`: those that its pods may have, by digest. `runtime_class`: every pod's. Needs Kubernetes 1.36
+    (MutatingAdmissionPolicy in v1). Raises ValueError.
     """
     if not groups or not all(map(_NAME.fullmatch, (runtime_class, *groups))):
         raise ValueError("a scenario's pods need a runtime class, and a cluster's groups and classes have names")
     host, port = _first(api_endpoints)
-    if not _PREFIX.fullmatch(image_prefix):
-        raise ValueError(f"{image_prefix!r} is no beginning of an image's name, up to / or @")
+    if not images or not all(map(_IMAGE.fullmatch, images)):
+        raise ValueError(f"a scenario's pods need images by digest (NAME@sha256:...), and not {', '.join(images)!r}")
     return _filled(
         "own-api/cluster",
         {
-            "image_prefix": image_prefix,
+            "image_prefix": ",".join(sorted(images)),  # whole names: nothing can follow a digest
             "runtime_class": runtime_class,
             "groups": ",".join(sorted(groups)),
             "api_host": host,

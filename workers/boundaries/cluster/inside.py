@@ -96,18 +96,18 @@ def get_ready(kubeconfig: Path, images: Mapping[str, str], *, cancelled: Cancell
 @dataclass(frozen=True, kw_only=True)
 class Inside:
     """A cluster as its administrator has it, and as the engine: that is who makes pods of ours, here as elsewhere, and
-    whom the admission policies know. `prefix`: what its images begin with."""
+    whom the admission policies know. `images`: that its pods may have."""
 
     kubeconfig: Path
     admin: Cluster
     engine: Cluster
-    prefix: str
+    images: Sequence[str]
 
     @classmethod
     def of_ready(cls, kubeconfig: Path, images: Mapping[str, str]) -> "Inside":
         """One in which `install` has been done. Raises ClusterError."""
         return cls(
-            kubeconfig=kubeconfig, admin=Cluster.from_kubeconfig(kubeconfig), prefix=common_prefix(images.values()),
+            kubeconfig=kubeconfig, admin=Cluster.from_kubeconfig(kubeconfig), images=sorted(set(images.values())),
             engine=Cluster.from_kubeconfig(kubeconfig, acting_as=ENGINE),
         )  # fmt: skip
 
@@ -117,7 +117,7 @@ class Inside:
 
     def install(self, cancelled: Cancellation) -> None:
         """Raises ProvisionFailed, ClusterError."""
-        for manifest in wanted(Choices(image_prefix=self.prefix, pool={}, own_api=True)):
+        for manifest in wanted(Choices(image_prefix=common_prefix(self.images), pool={}, own_api=True)):
             self.admin.apply(manifest)
         self._await_node(cancelled)
         self._apply_own_api(self._groups())
@@ -178,7 +178,7 @@ class Inside:
     def _apply_own_api(self, groups: Sequence[str]) -> None:
         """Raises ClusterError."""
         for manifest in own_api_cluster(
-            groups, image_prefix=self.prefix, runtime_class=RUNTIME_CLASS, api_endpoints=self.api_endpoints()
+            groups, images=self.images, runtime_class=RUNTIME_CLASS, api_endpoints=self.api_endpoints()
         ):
             self.admin.apply(manifest)
 
