@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from tests.contract.boundary_kinds import Shelled
 from tests.sandboxes import Never, make_ref, make_spec, shell
 from tests.summary import ran
 from workers.boundaries.namespace.driver import NamespaceBoundary, NamespaceHost
-from workers.kube import ClusterError
+from workers.kube import Cluster, ClusterError
 from workers.pods.render import labels, listener_namespace, namespace_name
 
 GIVEN = ("KUBECONFIG_FOR_TESTS", "KUBECONFIG")
@@ -135,32 +135,39 @@ class NamespaceKind(Shelled):
         return [self.installation, str(host.kubeconfig), host.image, self.variant, ref.model_dump_json()]
 
     def worker_killed_in(self, ref: BoundaryRef) -> None:
-        """A real process: it opens the pod, plays a step that does not end, and is killed in it."""
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "tests.cluster.namespaces", *self._arguments(ref)],
-            stdout=subprocess.PIPE, cwd=Path(__file__).parents[2],
-        )  # fmt: skip
-        assert worker.stdout is not None
-        with worker:
-            assert any(line == b"playing\n" for line in worker.stdout)
-            deadline = time.monotonic() + 10
-            while not self.running(ref) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert self.running(ref)
-            os.kill(worker.pid, signal.SIGKILL)
+        kill_in_step("tests.cluster.namespaces", self._arguments(ref), lambda: self.running(ref))
 
     def running(self, ref: BoundaryRef) -> bool:
-        """Whether there is any process in the pod but the first, and the one that looks."""
-        said = bytearray()
-        try:
-            self.boundary.cluster.exec_(
-                namespace_name(ref), ref.name, "run", ["/bin/sh", "-c", _ALONE],
-                on_output=lambda _, data: said.extend(data), deadline=time.monotonic() + 10,
-            )  # fmt: skip
-        except ClusterError:
-            return False
-        pids = said.decode().split()
-        return bool(set(pids) - {"1", pids[-1]}) if pids else False
+        return anything_runs(self.boundary.cluster, namespace_name(ref), ref.name)
+
+
+def kill_in_step(module: str, arguments: Sequence[str], running: Callable[[], bool]) -> None:
+    """A real process: it opens the pod, plays a step that does not end, and is killed in it."""
+    worker = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    assert worker.stdout is not None
+    with worker:
+        assert any(line == b"playing\n" for line in worker.stdout)
+        deadline = time.monotonic() + 10
+        while not running() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert running()
+        os.kill(worker.pid, signal.SIGKILL)
+
+
+def anything_runs(cluster: Cluster, namespace: str, name: str) -> bool:
+    """Whether there is any process in the pod but the first, and the one that looks."""
+    said = bytearray()
+    try:
+        cluster.exec_(
+            namespace, name, "run", ["/bin/sh", "-c", _ALONE],
+            on_output=lambda _, data: said.extend(data), deadline=time.monotonic() + 10,
+        )  # fmt: skip
+    except ClusterError:
+        return False
+    pids = said.decode().split()
+    return bool(set(pids) - {"1", pids[-1]}) if pids else False
 
 
 def _be_a_worker() -> None:
