@@ -13,7 +13,6 @@ import httpx
 import pytest
 
 from service.core.boundary import BoundaryRef, tenant_hash
-from service.core.errors import ProvisionFailed
 from tests.cluster.engine.outside import Engine
 from tests.cluster.kind_ground import (
     INSTALLATION,

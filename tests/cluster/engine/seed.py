@@ -16,13 +16,14 @@ from tests.cluster.engine.outside import start
 from tests.cluster.engine.place import Node
 from tests.cluster.lab import images
 from tests.cluster.lab.outside import ROOT
-from tests.cluster.lab.parts import KUBERNETES, Parts, Say, cache, one_at_a_time
+from tests.cluster.lab.parts import GVISOR, KUBERNETES, Parts, Say, cache, one_at_a_time
 
 ENVIRONMENT = ("container=docker", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 CHANGES = (
     *(f"ENV {one}" for one in ENVIRONMENT),
     "STOPSIGNAL SIGRTMIN+3",
     'ENTRYPOINT [ "/usr/local/bin/entrypoint", "/sbin/init" ]',
+    f"LABEL dev.blastdoor.runsc={GVISOR.split('-')[1][:8]}",
     "LABEL dev.blastdoor.node-image=1",  # it has what the product's Dockerfile puts there (cluster_templates/kind)
 )
 RECORDS = ("image", "overlay2")
