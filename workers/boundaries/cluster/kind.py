@@ -51,6 +51,7 @@ _PATIENT_S = 20.0
 _CREATE_S = 300.0
 _CLEAR_S = 20.0
 _CLEAR_AGAIN_S = 1.0
+_QUIET_S = 2.0
 _LOOK_S = 0.5
 _SLACK_S = 60.0
 """For what the engine is asked before and after kind."""
@@ -296,13 +297,18 @@ class KindProvisioner:
         return [one.id for one in self._engine.containers() if (one.cluster, one.network) == (name, network)]
 
     def clear(self, name: str) -> None:
-        """End the cluster that kind calls so, whosever it is: again and again until a look finds nothing, since the
-        engine finishes what a killed process asked of it. Raises NotYetDestroyed."""
-        deadline = time.monotonic() + (_CLEAR_AGAIN_S if name in self._resisted else _CLEAR_S)
-        while (why := self._cleared(name)) is not None:
-            if time.monotonic() > deadline:
-                self._resisted.add(name)
-                raise NotYetDestroyed(f"{name}: {why}")
+        """End the cluster that kind calls so, whosever it is: again and again until a look finds nothing, and of one
+        that was half-made every look for a while, since the engine finishes what a killed process asked of it. What
+        comes later still has its name, by which it is discovered. Raises NotYetDestroyed."""
+        began = seen = time.monotonic()
+        wait_s = _CLEAR_AGAIN_S if name in self._resisted else _CLEAR_S
+        quiet_s = 0.0 if self._places.place(name).kubeconfig.exists() else _QUIET_S
+        while (why := self._cleared(name)) is not None or time.monotonic() - seen < quiet_s:
+            if why is not None:
+                seen = time.monotonic()
+                if seen - began > wait_s:
+                    self._resisted.add(name)
+                    raise NotYetDestroyed(f"{name}: {why}")
             time.sleep(_LOOK_S)
         self._resisted.discard(name)
 
