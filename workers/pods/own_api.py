@@ -63,7 +63,7 @@ def own_api_cluster(
     return _filled(
         "own-api/cluster",
         {
-            "image_prefix": ",".join(sorted(images)),  # whole names: nothing can follow a digest
+            "images": ",".join(sorted(images)),  # whole names: nothing can follow a digest
             "runtime_class": runtime_class,
             "groups": ",".join(sorted(groups)),
             "api_host": host,
