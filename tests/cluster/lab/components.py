@@ -204,6 +204,10 @@ address = "{place.containerd}"
 [plugins."io.containerd.internal.v1.opt"]
 path = "{place.disk}/opt"
 
+[timeouts]
+"io.containerd.timeout.shim.load" = "30s"
+"io.containerd.timeout.task.state" = "30s"
+
 [plugins."io.containerd.cri.v1.images"]
 snapshotter = "overlayfs"
 
