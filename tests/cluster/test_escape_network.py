@@ -85,7 +85,7 @@ def play(ground: Ground, variant: str, *, inert: bool) -> Played:
     client, mark, before = ground.tenant(variant), new_token(), len(ground.audited("from=guest"))
     attacks = (
         program(programs.CONNECT, targets=[*TARGETS, *CLUSTER, *(() if inert else UNREACHABLE_ANYHOW)]),
-        program(programs.RESOLVE, name=f"{mark}.canary.test", targets=[*NAME_SERVERS, ("127.0.0.1", 53)]),
+        program(programs.RESOLVE, name=f"{mark}.canary.test", targets=[*NAME_SERVERS * 3, ("127.0.0.1", 53)]),
         python(ask((SERVICE_OF_API, 443), (ADDRESS, API_PORT))),
         program(programs.RESOLVE, name="localhost", targets=[]),
     )

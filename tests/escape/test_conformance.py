@@ -113,7 +113,7 @@ def test_a_worker_that_hands_on_its_environment_fails_both_searches_for_it(
 
     monkeypatch.setattr(GvisorSandbox, "execute", careless)
     assert failed(weak[1], "D21") == "came out: the token of the environment of the runner"
-    assert "BLASTDOOR_CANARY" in failed(weak[1], "D29")
+    assert "CANARY_OF_BLASTDOOR" in failed(weak[1], "D29")
 
 
 def test_a_disk_larger_than_its_limit_fails_the_case_of_the_disk(
@@ -204,6 +204,7 @@ def test_the_command_says_of_each_case_and_boundary_how_it_went(
         result = CliRunner().invoke(commands, ["doctor", "--attack", "--json", *places])
     finally:
         structlog.configure(**before)
+    assert result.stdout, (result.stderr, result.exception)
     said = json.loads(result.stdout)
     d29 = "failed" if weakened else "blocked"
     assert result.exit_code == int(weakened), result.output

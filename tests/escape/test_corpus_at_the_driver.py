@@ -150,7 +150,7 @@ def test_d29_the_worker_hands_on_nothing_of_its_own_environment(
     boundary: GvisorBoundary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = secrets.token_hex(16)
-    monkeypatch.setenv("BLASTDOOR_CANARY", token)
+    monkeypatch.setenv("CANARY_OF_BLASTDOOR", token)
     seen = json.loads(played(boundary, make_step(*LOOK)).stdout.data)
     assert seen == ENVIRONMENT
 
@@ -159,8 +159,8 @@ def test_d29_control_a_worker_that_did_would_be_caught(
     boundary: GvisorBoundary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = secrets.token_hex(16)
-    monkeypatch.setenv("BLASTDOOR_CANARY", token)
+    monkeypatch.setenv("CANARY_OF_BLASTDOOR", token)
     careless = make_step(*LOOK).model_copy(update={"env": dict(os.environ) | ENVIRONMENT})
     seen = json.loads(played(boundary, careless).stdout.data)
     assert seen != ENVIRONMENT
-    assert seen["BLASTDOOR_CANARY"] == token
+    assert seen["CANARY_OF_BLASTDOOR"] == token

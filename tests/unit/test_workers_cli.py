@@ -151,6 +151,7 @@ def of_clusters(folder: Path) -> dict[str, str]:
         "KIND": str(folder / "kind"), "DOCKER": str(folder / "docker"), "DOCKER_HOST": "unix:///elsewhere.sock",
         "KIND_NODE_IMAGE": node, "CAPI_KUBECONFIG": str(folder / "management"), "CAPI_NAMESPACE": "elsewhere",
         "CAPI_TOPOLOGY": str(folder / "topology"), "CAPI_READY_S": "11", "NAMESPACE_VARIANTS": '["gvisor"]',
+        "ENVIRONMENT": "test",
     }  # fmt: skip
 
 

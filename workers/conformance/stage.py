@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ENVIRONMENT_NAME = "BLASTDOOR_CANARY"
+ENVIRONMENT_NAME = "CANARY_OF_BLASTDOOR"  # no setting's: one that begins with BLASTDOOR_ has to be known
 _LISTEN_S = 0.2
 _PROVE_S = 2.0
 

@@ -15,6 +15,7 @@ _HOPELESS = frozenset({"ErrImageNeverPull", "InvalidImageName", "CreateContainer
 _WATCH_S = 2.0
 _WORD_S = 20.0
 _SHUT_S = 25.0
+_SAYS_WITHIN_S, _LOOK_S = 5.0, 0.1
 _MOST_SAID = 1024
 _KILL_TRIES = 5
 _SIGNALLED = 128
@@ -83,12 +84,19 @@ class Pod:
                 return
 
     def blamed(self, error: BoundaryLost) -> BoundaryLost:
-        """The same, or SandboxBroken where it is known that the guest did it."""
-        try:
-            found = self.read()
-        except ClusterError:
-            return error
-        return SandboxBroken(ENDED_FROM_WITHIN) if found is not None and ended_from_within(found) else error
+        """The same, or SandboxBroken where it is known that the guest did it: the node says so moments after nothing
+        runs in the pod any more."""
+        deadline = time.monotonic() + _SAYS_WITHIN_S
+        while True:
+            try:
+                found = self.read()
+            except ClusterError:
+                return error
+            if found is not None and ended_from_within(found):
+                return SandboxBroken(ENDED_FROM_WITHIN)
+            if is_over(found) or time.monotonic() > deadline:
+                return error
+            time.sleep(_LOOK_S)
 
     def is_over(self) -> bool:
         """Whether the node says that nothing of it runs any more, or that it does not exist."""

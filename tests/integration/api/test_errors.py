@@ -123,7 +123,9 @@ def test_a_bundle_beyond_the_controls_is_not_accepted(served: Served) -> None:
 
 def test_what_no_live_worker_can_build_is_refused_with_the_candidates(served: Served) -> None:
     problem = check_problem(submit(served, controls="needs: [privileged]"), status=422, code="placement_refused")
-    assert problem["requirements"] == {"kernel": "dedicated", "control_plane": "isolated"}
+    assert problem["requirements"] == {
+        "kernel": "dedicated", "control_plane": "isolated", "abilities": ["privileged"]
+    }  # fmt: skip
     missing = {row["boundary"]: row["missing"] for row in problem["candidates"]}
     assert missing["gvisor"] == "kernel >= dedicated"
     assert missing["microvm"] == "no live worker offers microvm"
